@@ -1,0 +1,1 @@
+"""matpo_actor."""

@@ -1,0 +1,127 @@
+"""Finished episodes on their way to the broker: kept until it says that they are stored.
+
+Rules kept here; each has a test in tests/actor/test_outbox.py:
+1. An episode leaves only when the broker has stored it, or says that it never will.
+2. No answer, or "later", means: send again. Sending twice is safe, the broker stores a member once.
+3. Above `max_bytes` the outbox is full; the actor then takes no new leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from matpo import logs
+from matpo.errors import ProtocolError, RefusedError, TryAgainError
+from matpo.metrics import Metrics
+from matpo.wire import AnyMessage, Stored, StoreEpisode
+
+NUM_SENDERS = 8  # requests in flight: enough to share the broker's fsync, few enough to be kind to it
+log = logs.get()
+
+Request = Callable[[StoreEpisode, bytes], Awaitable[tuple[AnyMessage, bytes]]]
+
+
+class Outbox:
+    """See the module. `request` sends one episode and returns the broker's answer (Link.request).
+
+    `on_change` is called whenever an episode has left, `on_refused(lease, reason)` when it was given up.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        max_bytes: int,
+        metrics: Metrics,
+        retry_s: float = 1.0,
+        on_change: Callable[[], None] = lambda: None,
+        on_refused: Callable[[str, str], None] = lambda lease, reason: None,
+    ) -> None:
+        self._request = request
+        self._max_bytes = max_bytes
+        self._metrics = metrics
+        self._retry_s = retry_s
+        self._on_change = on_change
+        self._on_refused = on_refused
+        self._items: dict[str, tuple[StoreEpisode, bytes]] = {}
+        self._waiting: asyncio.Queue[str] = asyncio.Queue()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def leases(self) -> list[str]:
+        """Leases of what is still here: they have to be kept alive."""
+        return [message.lease for message, _ in self._items.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload bytes that are still here."""
+        return sum(len(payload) for _, payload in self._items.values())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the actor should stop taking leases."""
+        return self.num_bytes >= self._max_bytes
+
+    def put(self, message: StoreEpisode, payload: bytes) -> None:
+        """Take a finished episode."""
+        self._items[message.episode] = (message, payload)
+        self._waiting.put_nowait(message.episode)
+        self._empty.clear()
+        self._metrics.set("unacked_episodes", len(self._items))
+
+    async def run(self) -> None:
+        """Send for ever. May be cancelled and called again: what is still here is sent again."""
+        self._waiting = asyncio.Queue()
+        for episode in self._items:
+            self._waiting.put_nowait(episode)
+        async with asyncio.TaskGroup() as senders:
+            for _ in range(NUM_SENDERS):
+                senders.create_task(self._send_all())
+
+    async def flush(self) -> None:
+        """Send until nothing is left. Cancel it to give up; not while `run` is running."""
+        sending = asyncio.create_task(self.run())
+        empty = asyncio.create_task(self._empty.wait())
+        try:
+            await asyncio.wait({sending, empty}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                await sending
+        finally:
+            sending.cancel()
+            empty.cancel()
+            await asyncio.gather(sending, empty, return_exceptions=True)
+
+    async def _send_all(self) -> None:
+        while True:
+            episode = await self._waiting.get()
+            await self._send(*self._items[episode])
+
+    async def _send(self, message: StoreEpisode, payload: bytes) -> None:
+        while True:
+            try:
+                reply, _ = await self._request(message, payload)
+            except TryAgainError as error:
+                log.warning("outbox.retry", episode=message.episode, why=str(error))
+                await asyncio.sleep(self._retry_s)
+            except RefusedError as error:
+                if error.retry_after_s is None:
+                    log.warning("outbox.refused", episode=message.episode, reason=error.reason, why=str(error))
+                    self._forget(message, "refused")
+                    self._on_refused(message.lease, error.reason)
+                    return
+                await asyncio.sleep(error.retry_after_s)
+            else:
+                if not isinstance(reply, Stored) or reply.episode != message.episode:
+                    raise ProtocolError(f"want Stored({message.episode}), got {reply!r}", reason="reply")
+                self._forget(message, "stored")
+                return
+
+    def _forget(self, message: StoreEpisode, outcome: str) -> None:
+        del self._items[message.episode]
+        self._metrics.count("episodes_total", outcome=outcome)
+        self._metrics.set("unacked_episodes", len(self._items))
+        if not self._items:
+            self._empty.set()
+        self._on_change()

@@ -1,0 +1,1 @@
+"""Running the tools that an environment brings."""

@@ -1,0 +1,112 @@
+"""The broker process: opens the store, binds the ports, serves until a signal. No ML library is loaded here.
+
+A failing disk ends the process at once, without a further acknowledgement: after a failed fsync the kernel may have
+thrown the bytes away, so nothing in memory can be believed. Restarted, it serves what the disk has.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import sqlite3
+import time
+from types import FrameType
+
+from matpo import __version__, logs
+from matpo.errors import ConfigError, JournalError, SetupError
+from matpo.metrics import Metrics
+from matpo.settings import BrokerSettings, RunFile
+from matpo_broker.journal import Journal, record_end
+from matpo_broker.ledger import Ledger, Rules
+from matpo_broker.server import Server
+from matpo_broker.tables import LEDGER_NAME
+
+log = logs.get()
+
+
+def run(run_file: RunFile) -> None:
+    """Serve a run until SIGTERM or SIGINT. Raises ConfigError, SetupError or JournalError when it cannot."""
+    logs.configure(run_file.log, process="broker")
+    settings = run_file.broker
+    address = address_of(settings)
+    metrics = Metrics("broker")
+    try:
+        journal, ledger = open_store(run_file, metrics, now_s=time.monotonic())
+    except (OSError, sqlite3.Error) as error:
+        raise SetupError(f"cannot open the journal in {run_file.journal_folder}: {error}") from error
+    server = Server(settings, ledger, journal, metrics, clock=time.monotonic)
+    try:
+        actors, learner = server.bind(address, actor_port=settings.actor_port, learner_port=settings.learner_port)
+        if run_file.metrics.broker_port:
+            metrics.serve(run_file.metrics.host, run_file.metrics.broker_port)
+        _stop_on_signals(server)
+        counts = ledger.counts()
+        log.info(
+            "broker ready", actors=actors, learner=learner, run=run_file.run.name, release=__version__, pid=os.getpid(),
+            durability="group-fsync", orders=counts["orders"], episodes=counts["episodes_stored"], epoch=counts["epoch"],
+        )  # fmt: skip
+        server.serve()
+    except (OSError, sqlite3.Error) as error:
+        server.close(linger_s=0)
+        raise JournalError(
+            f"the journal in {run_file.journal_folder} cannot be written: {error}. Nothing more was acknowledged. "
+            "Mend the disk and start the broker again: all it acknowledged is kept.",
+            reason="disk",
+        ) from error
+    except SetupError:
+        server.close(linger_s=0)
+        raise
+    server.close()
+    ledger.close()
+    journal.close()
+    log.info("broker stopped", run=run_file.run.name)
+
+
+def open_store(run_file: RunFile, metrics: Metrics, *, now_s: float) -> tuple[Journal, Ledger]:
+    """Lock the journal folder, open ledger and payload files, and cut what was never acknowledged."""
+    settings, folder = run_file.broker, run_file.journal_folder
+    journal = Journal(folder, file_bytes=settings.journal_file_bytes)
+    rules = Rules(
+        run=run_file.run.name,
+        lease_s=settings.lease_s,
+        max_attempts=settings.max_attempts,
+        credit_bytes=settings.credit_bytes,
+    )
+    ledger = Ledger(folder / LEDGER_NAME, rules, metrics, now_s=now_s)
+    if ledger.counts()["orders"] == 0 and journal.num_bytes > 0:
+        raise JournalError(
+            f"{folder} has payload files, but its ledger is empty. Restore {LEDGER_NAME}, or use another run.folder.",
+            reason="ledger",
+        )
+    ends = {row.location.file: record_end(row.episode, row.location) for row in ledger.last_records()}
+    if cut := journal.recover(ends):
+        log.info("journal.recovered", cut_bytes=cut)
+    for number in journal.missing(ends):
+        log.error("journal.damaged", reason="torn", file=number)
+    return journal, ledger
+
+
+def address_of(settings: BrokerSettings) -> str:
+    """The address to bind. Raises ConfigError beyond loopback (there are no keys), SetupError for an unknown host."""
+    try:
+        found = socket.getaddrinfo(settings.host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError as error:
+        raise SetupError(f'broker.host="{settings.host}" is no address of ours: {error.strerror}.') from error
+    address = str(found[0][4][0])
+    if not ipaddress.ip_address(address).is_loopback and not settings.insecure:
+        raise ConfigError(
+            f'broker.host="{settings.host}" is reachable from other machines, and peers have no keys. Use 127.0.0.1, or '
+            "set broker.insecure = true on a network that nobody else can reach.",
+            reason="insecure",
+        )
+    return address
+
+
+def _stop_on_signals(server: Server) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)

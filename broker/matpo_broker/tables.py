@@ -1,0 +1,152 @@
+"""The ledger's tables, and what others may read from them without the broker. Decides nothing.
+
+Everything below `open_read_only` works on a journal folder whose broker runs, has stopped, or was killed.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matpo.errors import JournalError
+
+FORMAT = 1
+LEDGER_NAME = "ledger.sqlite"
+
+_TABLES = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE learners(epoch INTEGER PRIMARY KEY, incarnation TEXT NOT NULL UNIQUE, name TEXT NOT NULL);
+-- state: open (members missing), whole, dropped (given up: `reason`). delivered: epoch that has it. task: msgpack.
+CREATE TABLE orders(idx INTEGER PRIMARY KEY, grp TEXT NOT NULL UNIQUE, group_size INTEGER NOT NULL, task BLOB NOT NULL,
+  state TEXT NOT NULL DEFAULT 'open', reason TEXT NOT NULL DEFAULT '', owner TEXT, num_stored INTEGER NOT NULL DEFAULT 0,
+  num_bytes INTEGER NOT NULL DEFAULT 0, delivered INTEGER, consumed INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX waiting ON orders(idx) WHERE consumed = 0 AND delivered IS NULL;
+-- members without an episode. `attempt` counts hand-outs, `failures` those that ended badly.
+CREATE TABLE members(idx INTEGER NOT NULL, member INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
+  failures INTEGER NOT NULL DEFAULT 0, lease TEXT UNIQUE, actor TEXT, PRIMARY KEY(idx, member)) WITHOUT ROWID;
+-- file is NULL once the payload was deleted.
+CREATE TABLE episodes(idx INTEGER NOT NULL, member INTEGER NOT NULL, attempt INTEGER NOT NULL, episode TEXT NOT NULL,
+  lease TEXT NOT NULL, actor TEXT NOT NULL, num_tokens INTEGER NOT NULL, file INTEGER, offset INTEGER NOT NULL,
+  num_bytes INTEGER NOT NULL, crc32c INTEGER NOT NULL, PRIMARY KEY(idx, member)) WITHOUT ROWID;
+CREATE INDEX by_lease ON episodes(lease);
+CREATE INDEX by_file ON episodes(file) WHERE file IS NOT NULL;
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Location:
+    """Where a payload lies: file number, byte at which its record begins, payload length and hash."""
+
+    file: int
+    offset: int
+    num_bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredRow:
+    """One stored episode as the ledger knows it, for example "g-00000007.2.0"."""
+
+    episode: str
+    group: str
+    index: int
+    member: int
+    attempt: int
+    location: Location
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accounting:
+    """What became of every order, by id: groups "g-00000007", members (group, member), episodes "g-00000007.2.0"."""
+
+    orders: Sequence[str]
+    members: Sequence[tuple[str, int]]  # every place of every order
+    stored: Mapping[tuple[str, int], str]  # (group, member) -> episode; a member has at most one
+    whole: Sequence[str]  # every member stored
+    delivered: Sequence[str]  # the learner has it, no checkpoint covers it yet
+    committed: Sequence[str]  # a checkpoint of the learner covers it
+    dropped: Mapping[str, str]  # group -> why it was given up
+
+
+def connect(path: Path | str, run: str) -> sqlite3.Connection:
+    """Open the ledger for writing, made first if it is not there. Raises JournalError: damaged, or of another run."""
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 5000"):
+            db.execute(f"PRAGMA {pragma}")
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            first = {"format": FORMAT, "journal": secrets.token_hex(4), "run": run}
+            db.execute("BEGIN")
+            for statement in _TABLES.split(";"):
+                db.execute(statement)
+            db.executemany("INSERT INTO meta VALUES (?, ?)", first.items())
+            db.execute("COMMIT")
+        found = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('format', 'run')"))
+    except sqlite3.Error as error:
+        db.close()
+        raise JournalError(
+            f"{path} cannot be used as a ledger: {error}. Restore it, or set run.folder to another.", reason="ledger"
+        ) from error
+    if found.get("format") != FORMAT:
+        db.close()
+        raise JournalError(f"{path} has format {found.get('format')}, want {FORMAT}. Use the release that wrote it.")
+    if found.get("run") != run:
+        db.close()
+        raise JournalError(
+            f'{path} belongs to run "{found.get("run")}", this is run "{run}". Set run.folder to another folder.',
+            reason="other_run",
+        )
+    return db
+
+
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """The ledger of a journal, for reading. Raises JournalError when it is not there."""
+    if not path.is_file():
+        raise JournalError(f"{path} does not exist: no journal there. Name a run's journal folder.", reason="missing")
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+
+
+def stored_rows(path: Path) -> Iterator[StoredRow]:
+    """Stored episodes whose payload is still there, by group and member."""
+    db = open_read_only(path)
+    try:
+        yield from rows_of(db)
+    finally:
+        db.close()
+
+
+def accounting(folder: Path) -> Accounting:
+    """Account for every order of a journal folder. Raises JournalError when there is none."""
+    db = open_read_only(folder / LEDGER_NAME)
+    try:
+        db.execute("BEGIN")  # one view of all tables
+        orders = db.execute(
+            "SELECT grp, group_size, state, reason, delivered, consumed FROM orders ORDER BY idx"
+        ).fetchall()
+        episodes = db.execute("SELECT grp, member, episode FROM episodes JOIN orders USING (idx) ORDER BY idx, member")
+        stored = {(group, member): episode for group, member, episode in episodes}
+    finally:
+        db.close()
+    return Accounting(
+        orders=[group for group, *_ in orders],
+        members=[(group, member) for group, size, *_ in orders for member in range(size)],
+        stored=stored,
+        whole=[group for group, _, state, *_ in orders if state == "whole"],
+        delivered=[group for group, *_, delivered, consumed in orders if delivered is not None and not consumed],
+        committed=[group for group, *_, consumed in orders if consumed],
+        dropped={group: reason for group, _, state, reason, *_ in orders if state == "dropped"},
+    )
+
+
+def rows_of(db: sqlite3.Connection, condition: str = "", *values: object) -> Iterator[StoredRow]:
+    """Stored episodes that still have a payload and fulfil a condition (our own SQL, never a peer's text)."""
+    query = (
+        "SELECT episode, grp, idx, member, attempt, file, offset, e.num_bytes, crc32c FROM episodes e"
+        f" JOIN orders USING (idx) WHERE file IS NOT NULL {condition} ORDER BY idx, member"
+    )
+    for episode, group, index, member, attempt, file, offset, num_bytes, crc in db.execute(query, values):
+        location = Location(file=file, offset=offset, num_bytes=num_bytes, crc32c=crc)
+        yield StoredRow(episode=episode, group=group, index=index, member=member, attempt=attempt, location=location)

@@ -1,0 +1,374 @@
+"""Messages between the processes, and their frames. No sockets here.
+
+On the wire a message is exactly two frames (ROUTER adds the peer's identity in front):
+
+    header    msgpack map {"v": 1, "seq": n, "kind": "...", ...fields}, at most MAX_HEADER_BYTES
+    payload   opaque bytes, possibly empty; its length and CRC32C stand in the header where they matter
+
+Every request carries `seq`, every reply repeats it; an unsolicited message (a notice) has seq 0.
+Whatever is wrong with received bytes is one error: ProtocolError, with a stable `reason`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import google_crc32c
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from matpo.errors import ProtocolError
+
+WIRE_VERSION = 1
+MAX_HEADER_BYTES = 1 << 20
+MAX_LIST = 65536
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Short = Annotated[str, Field(max_length=1024)]
+Natural = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+
+
+class Message(BaseModel):
+    """Base of all messages. Unknown or missing fields and wrong types are protocol errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    seq: Natural = 0
+
+
+class OrderedTask(BaseModel):
+    """matpo.Task as it travels: everything an actor needs to play and score it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: Name
+    environment: Name
+    question: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Order(BaseModel):
+    """The learner's request for one group. `index` is its place in the run's order stream; it names the group."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    group: Name
+    index: Natural
+    group_size: Annotated[int, Field(ge=1, le=4096)]
+    task: OrderedTask
+
+
+class Lease(BaseModel):
+    """An actor's right to one member until it is silent for lease_s."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    lease: Name
+    group: Name
+    member: Natural
+    attempt: Natural
+    task: OrderedTask
+
+
+class DeliveredEpisode(BaseModel):
+    """One episode inside a delivered group's payload: the payloads stand one after the other, in this order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    episode: Name
+    member: Natural
+    attempt: Natural
+    num_bytes: Natural
+    crc32c: Natural
+
+
+# ---- both sides to the broker
+
+
+class Hello(Message):
+    """First message of a peer, repeated after each reconnect. A learner's hello raises the learner epoch."""
+
+    kind: Literal["hello"] = "hello"
+    peer: Literal["actor", "learner", "operator"]
+    name: Name
+    incarnation: Name  # new for each process start
+    run: Name
+    schema_version: Natural
+    model: Short = ""  # fingerprint of vocabulary and architecture; must agree with the learner's
+
+
+class Stat(Message):
+    """Ask for counts of everything."""
+
+    kind: Literal["stat"] = "stat"
+
+
+# ---- actor to broker
+
+
+class LeaseRequest(Message):
+    """Ask for up to `num_members` members; the broker may hold the answer for up to `wait_s`."""
+
+    kind: Literal["lease"] = "lease"
+    num_members: Annotated[int, Field(ge=1, le=4096)]
+    wait_s: Seconds = 0.0
+
+
+class StoreEpisode(Message):
+    """A finished episode; the payload frame is its Arrow record batch."""
+
+    kind: Literal["episode"] = "episode"
+    lease: Name
+    group: Name
+    member: Natural
+    attempt: Natural
+    episode: Name
+    num_bytes: Natural
+    crc32c: Natural
+    num_tokens: Natural = 0
+    environment: Short = ""
+
+
+class Heartbeat(Message):
+    """Renew leases. The reply names those that are lost."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+    leases: Annotated[list[Name], Field(max_length=MAX_LIST)]
+    policy_version: Annotated[int, Field(ge=-1)]
+
+
+class Release(Message):
+    """Give leases back. `infra`: a failure that counts against the member's attempts; otherwise none is counted."""
+
+    kind: Literal["release"] = "release"
+    leases: Annotated[list[Name], Field(max_length=MAX_LIST)]
+    infra: bool
+    reason: Short
+
+
+class Goodbye(Message):
+    """The peer leaves; its remaining leases are free."""
+
+    kind: Literal["goodbye"] = "goodbye"
+
+
+# ---- learner to broker. `epoch` is the one that Welcome gave; an older one is refused: a zombie changes nothing.
+
+
+class Resume(Message):
+    """After hello: what the checkpoint (or a fresh start: nothing) knows to be consumed.
+
+    Groups with index < consumed_below, and those in `consumed`, are done. Every other complete group is ready again.
+    """
+
+    kind: Literal["resume"] = "resume"
+    epoch: Natural
+    checkpoint: Short
+    consumed_below: Natural
+    consumed: Annotated[list[Natural], Field(max_length=MAX_LIST)]
+
+
+class PlaceOrders(Message):
+    """Work orders. Placing one that is there already changes nothing."""
+
+    kind: Literal["orders"] = "orders"
+    epoch: Natural
+    orders: Annotated[list[Order], Field(max_length=4096)]
+
+
+class Fetch(Message):
+    """Ask for the oldest group that is ready; the broker may hold the answer for up to `wait_s`.
+
+    `received` is the group of the last reply that arrived: the broker repeats its last delivery until it stands here,
+    so a lost reply loses no group. matpo.link fills it in.
+    """
+
+    kind: Literal["fetch"] = "fetch"
+    epoch: Natural
+    wait_s: Seconds = 0.0
+    received: Short = ""
+
+
+class Commit(Message):
+    """A durable checkpoint covers these groups; the broker may forget what every kept checkpoint covers."""
+
+    kind: Literal["commit"] = "commit"
+    epoch: Natural
+    checkpoint: Name
+    consumed_below: Natural
+    consumed: Annotated[list[Natural], Field(max_length=MAX_LIST)]
+    oldest_kept_below: Natural = 0  # consumed_below of the oldest checkpoint that is kept
+
+
+class SnapshotNotice(Message):
+    """A snapshot was published. Learner to broker, and on to every actor: saves a poll, nothing depends on it."""
+
+    kind: Literal["snapshot"] = "snapshot"
+    epoch: Natural
+    version: Natural
+
+
+# ---- broker to peers
+
+
+class Welcome(Message):
+    """Reply to hello."""
+
+    kind: Literal["welcome"] = "welcome"
+    epoch: Natural  # the learner's fence; actors ignore it
+    heartbeat_s: Seconds
+    lease_s: Seconds
+    snapshot_version: Annotated[int, Field(ge=-1)]
+    durability: Name  # what an ack means, for example "group-fsync"
+    max_payload_bytes: Natural
+
+
+class Leases(Message):
+    """Reply to lease. Empty: nothing to do now; `paused` says why if the broker holds actors back."""
+
+    kind: Literal["leases"] = "leases"
+    leases: list[Lease]
+    paused: Short = ""
+
+
+class Stored(Message):
+    """The episode is on disk (see Welcome.durability). `duplicate`: it was there already."""
+
+    kind: Literal["stored"] = "stored"
+    episode: Name
+    duplicate: bool = False
+
+
+class Refused(Message):
+    """No. `retry_after_s` is None when asking again is pointless."""
+
+    kind: Literal["refused"] = "refused"
+    reason: Name
+    message: str
+    retry_after_s: Seconds | None = None
+
+
+class Alive(Message):
+    """Reply to heartbeat: which leases are lost, and the newest snapshot."""
+
+    kind: Literal["alive"] = "alive"
+    lost: list[Name]
+    snapshot_version: Annotated[int, Field(ge=-1)]
+
+
+class Done(Message):
+    """Reply to release, goodbye, resume, orders, commit and snapshot: it is durable."""
+
+    kind: Literal["done"] = "done"
+
+
+class GroupReady(Message):
+    """Reply to fetch: one whole group, or the tombstone of one that was given up (`dropped` says why, no episodes)."""
+
+    kind: Literal["group"] = "group"
+    group: Name
+    index: Natural
+    episodes: list[DeliveredEpisode]
+    dropped: Short = ""
+
+
+class NoGroup(Message):
+    """Reply to fetch when nothing is ready: what is missing, so that the learner can say who is waited for."""
+
+    kind: Literal["no_group"] = "no_group"
+    orders_open: Natural
+    members_open: Natural
+    members_leased: Natural
+    actors: Natural
+
+
+class StatReply(Message):
+    """Counts of everything, flat."""
+
+    kind: Literal["stats"] = "stats"
+    counts: dict[str, int | float | str]
+
+
+AnyMessage = (
+    Hello | Stat | LeaseRequest | StoreEpisode | Heartbeat | Release | Goodbye | Resume | PlaceOrders | Fetch | Commit
+    | SnapshotNotice | Welcome | Leases | Stored | Refused | Alive | Done | GroupReady | NoGroup | StatReply
+)  # fmt: skip
+_ADAPTER: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC32C (Castagnoli) of the bytes, as an unsigned 32-bit number."""
+    return int(google_crc32c.value(bytes(data) if isinstance(data, memoryview) else data))
+
+
+def encode(message: AnyMessage, payload: bytes | memoryview = b"") -> list[bytes | memoryview]:
+    """The message as [header, payload]."""
+    return [msgpack.packb({"v": WIRE_VERSION, **message.model_dump()}, use_bin_type=True), payload]
+
+
+def decode(frames: Sequence[bytes | memoryview]) -> tuple[AnyMessage, bytes | memoryview]:
+    """Frames back to (message, payload). Checks everything but the payload's own hash (see check_payload).
+
+    Raises ProtocolError with reason frames | header_size | header | version | fields.
+    """
+    if len(frames) != 2:
+        raise ProtocolError(f"got {len(frames)} frames, want 2 (header, payload)", reason="frames")
+    header, payload = frames
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(header)} bytes, at most {MAX_HEADER_BYTES}", reason="header_size")
+    fields = _unpack(header)
+    if fields.pop("v", None) != WIRE_VERSION:
+        raise ProtocolError(
+            f"wire version differs from {WIRE_VERSION}. Run the same release everywhere.", reason="version"
+        )
+    try:
+        return _ADAPTER.validate_python(fields), payload
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ProtocolError(f"{fields.get('kind')!r} message: {where}: {first['msg']}", reason="fields") from None
+
+
+def peek_seq(frames: Sequence[bytes | memoryview]) -> int:
+    """The seq of frames that `decode` refused, so that the refusal finds its request; 0 if it cannot be read."""
+    try:
+        seq = _unpack(frames[0]).get("seq", 0) if frames and len(frames[0]) <= MAX_HEADER_BYTES else 0
+    except ProtocolError:
+        return 0
+    return seq if isinstance(seq, int) and 0 <= seq < 2**53 else 0
+
+
+def check_payload(message: StoreEpisode | DeliveredEpisode, payload: bytes | memoryview) -> None:
+    """Raise ProtocolError (payload_size | payload_hash) unless length and CRC32C are what the header says."""
+    if len(payload) != message.num_bytes:
+        raise ProtocolError(f"payload of {len(payload)} bytes, header says {message.num_bytes}", reason="payload_size")
+    if crc32c(payload) != message.crc32c:
+        raise ProtocolError(f"payload of {message.episode} does not match its CRC32C", reason="payload_hash")
+
+
+def _unpack(header: bytes | memoryview) -> dict[str, Any]:
+    try:
+        fields = msgpack.unpackb(
+            header,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_no_duplicate_keys,
+            max_ext_len=0,
+            max_array_len=MAX_LIST,
+            max_map_len=MAX_LIST,
+        )
+    # msgpack raises its own errors, ValueError (extra data, limits) and RecursionError-like StackError: all garbage.
+    except (msgpack.UnpackException, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ProtocolError(f"header is not the msgpack we expect: {error}", reason="header") from None
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"header is a {type(fields).__name__}, want a map", reason="header")
+    return fields
+
+
+def _no_duplicate_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result

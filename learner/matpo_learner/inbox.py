@@ -1,0 +1,331 @@
+"""The learner's end of the pipe: orders and commits out, whole validated groups in. One thread with its own event loop.
+
+Rules kept here, each with a test in tests/learner/test_inbox.py:
+1. What `take` gives is whole: every member once, each payload's hash and every rule of matpo.schema checked, and played
+   for the task that was ordered. Anything else is given as invalid, with the reason, so that it is counted.
+2. A group is given once per process, whatever the broker repeats.
+3. At most `prefetch` groups wait here; the lowest index goes first.
+4. While the broker is gone, everything waits and is sent again, in order; the learner is told why it waits.
+5. A refusal that asking again cannot mend ends the learner: `take` raises it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from matpo.link import Link
+
+from matpo import logs, schema, wire
+from matpo.episode import Episode, Group
+from matpo.errors import DataError, EpisodeError, ProtocolError, RefusedError, TryAgainError
+from matpo_learner.orders import Book, OrderStream
+
+FETCH_WAIT_S = 2.0
+REPLY_S = 30.0
+CONNECT_S = 10.0
+MAX_BACK_OFF_S = 5.0
+FLUSH_S = 10.0
+FIRST_WARNING_S = 10.0
+MAX_ORDERS_BYTES = 256 * 1024  # of one message: headers are limited to wire.MAX_HEADER_BYTES
+log = logs.get()
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Delivery:
+    """One group as it arrived. `group` is None when it cannot be trained; `fate` says why: dropped or invalid."""
+
+    index: int
+    id: str
+    group: Group | None
+    payloads: Sequence[bytes] = ()  # of its episodes, as encoded: other ranks decode them too
+    fate: str = ""
+    reason: str = ""
+
+
+def unpack(
+    message: wire.GroupReady, payload: bytes, *, stream: OrderStream, group_size: int, vocab_size: int, published: int
+) -> Delivery:
+    """Check one delivered group. Never raises for what a peer sent: the delivery says what is wrong with it."""
+    if message.dropped:
+        return Delivery(index=message.index, id=message.group, group=None, fate="dropped", reason=message.dropped)
+    try:
+        payloads = _split(message.episodes, payload)
+        episodes = [schema.decode(p, vocab_size=vocab_size, published_version=published) for p in payloads]
+        _check_group(message, episodes, task=stream.task(message.index).id, group_size=group_size)
+    except (DataError, ProtocolError) as error:
+        log.warning("group.invalid", group=message.group, reason=error.reason, error=str(error))
+        return Delivery(index=message.index, id=message.group, group=None, fate="invalid", reason=error.reason)
+    group = Group(id=message.group, episodes=tuple(episodes))
+    return Delivery(index=message.index, id=message.group, group=group, payloads=payloads)
+
+
+def _split(delivered: Iterable[wire.DeliveredEpisode], payload: bytes) -> list[bytes]:
+    parts, at = [], 0
+    for episode in delivered:
+        part = payload[at : at + episode.num_bytes]
+        wire.check_payload(episode, part)
+        parts.append(part)
+        at += episode.num_bytes
+    if at != len(payload):
+        raise ProtocolError(f"group payload of {len(payload)} bytes, its episodes have {at}", reason="payload_size")
+    return parts
+
+
+def _check_group(message: wire.GroupReady, episodes: Sequence[Episode], *, task: str, group_size: int) -> None:
+    for said, episode in zip(message.episodes, episodes, strict=True):
+        if (episode.id, episode.group, episode.member) != (said.episode, message.group, said.member):
+            raise EpisodeError(f"{said.episode} of {message.group} holds episode {episode.id}", reason="ids")
+        if episode.task.id != task:
+            raise EpisodeError(f"{episode.id} was played for task {episode.task.id}, ordered was {task}", reason="task")
+    if sorted(episode.member for episode in episodes) != list(range(group_size)):
+        raise EpisodeError(f"{message.group} does not hold each of its {group_size} members once", reason="members")
+
+
+class Inbox:
+    """Talks to the broker. `start` first, `resume` second; then place, take and commit in any order; `stop` last.
+
+    Every method is called from the learner's main thread and none but start and resume waits for the broker.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        hello: wire.Hello,
+        *,
+        stream: OrderStream,
+        group_size: int,
+        vocab_size: int,
+        prefetch: int,
+        group_timeout_s: float,
+    ) -> None:
+        self.published = -1  # newest version that a token may be stamped with; the learner raises it
+        self.epoch = 0
+        self._stream = stream
+        self._group_size = group_size
+        self._vocab_size = vocab_size
+        self._prefetch = prefetch
+        self._group_timeout_s = group_timeout_s
+        self._link = Link(endpoint, hello)
+        self._endpoint = endpoint
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
+        self._started: Future[wire.Welcome] = Future()
+        self._resumed: Future[None] = Future()
+        self._changed = threading.Condition()  # guards _waiting and _failure
+        self._waiting: list[tuple[int, str, Delivery]] = []  # heap by index
+        self._seen: set[int] = set()
+        self._done_below = 0
+        self._failure: BaseException | None = None
+        self._idle: wire.NoGroup | None = None  # why the broker had nothing
+        self._unreachable = False
+        self._wait_began_s: float | None = None
+        self._next_warning_s = FIRST_WARNING_S
+
+    # ---- for the main thread
+
+    def start(self) -> wire.Welcome:
+        """Connect; waits for the broker as long as it takes. Raises RefusedError when it does not want us."""
+        self._thread.start()
+        welcome = self._started.result()
+        self.epoch = welcome.epoch
+        return welcome
+
+    def resume(self, checkpoint: str, book: Book) -> None:
+        """Say what is consumed; every other group comes again. Open orders are placed again, should they be lost."""
+        self._seen, self._done_below = set(book.consumed), book.consumed_below
+        self._post(
+            wire.Resume(
+                epoch=self.epoch,
+                checkpoint=checkpoint,
+                consumed_below=book.consumed_below,
+                consumed=sorted(book.consumed),
+            )
+        )
+        self._resumed.result()
+        self.place(book.open())
+
+    def place(self, indices: Sequence[int]) -> None:
+        """Place orders."""
+        orders: list[wire.Order] = []
+        size = 0
+        for index in indices:
+            order = self._stream.order(index)
+            num_bytes = len(order.model_dump_json())
+            if orders and size + num_bytes > MAX_ORDERS_BYTES:
+                self._post(wire.PlaceOrders(epoch=self.epoch, orders=orders))
+                orders, size = [], 0
+            orders.append(order)
+            size += num_bytes
+        if orders:
+            self._post(wire.PlaceOrders(epoch=self.epoch, orders=orders))
+
+    def commit(self, checkpoint: str, book: Book, *, oldest_kept_below: int) -> None:
+        """Say that a durable checkpoint covers what is consumed."""
+        self._post(
+            wire.Commit(
+                epoch=self.epoch,
+                checkpoint=checkpoint,
+                consumed_below=book.consumed_below,
+                consumed=sorted(book.consumed),
+                oldest_kept_below=oldest_kept_below,
+            )
+        )
+
+    def notice(self, version: int) -> None:
+        """Tell of a snapshot, and accept tokens of its version."""
+        self._post(wire.SnapshotNotice(epoch=self.epoch, version=version))
+
+    def take(self, timeout_s: float) -> Delivery | None:
+        """The waiting group with the lowest index; None when none came in time. Raises what ended the thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._failure, timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            delivery = heapq.heappop(self._waiting)[2] if self._waiting else None
+        if delivery is None:
+            self._warn_if_long()
+            return None
+        self._wait_began_s, self._next_warning_s = None, FIRST_WARNING_S
+        self._loop.call_soon_threadsafe(self._room.set)
+        return delivery
+
+    def stop(self) -> None:
+        """Send what is still to be sent (for a while), then end the thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(FLUSH_S + CONNECT_S)
+
+    def _post(self, message: wire.AnyMessage) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
+
+    def _warn_if_long(self) -> None:
+        """Say who is waited for: after 10 s, 20 s, 40 s, ... A warning from group_timeout_s on."""
+        now_s = time.monotonic()
+        if self._wait_began_s is None:
+            self._wait_began_s = now_s
+        waited_s = now_s - self._wait_began_s
+        if waited_s < self._next_warning_s:
+            return
+        self._next_warning_s = 2 * waited_s
+        say = log.warning if waited_s >= self._group_timeout_s else log.info
+        say("learner.waiting", waited_s=round(waited_s), waits_for=self.waits_for())
+
+    def waits_for(self) -> str:
+        """In words, who has to move before the next group can come."""
+        idle = self._idle
+        if self._unreachable or idle is None:
+            return f"the broker at {self._endpoint}: it does not answer. Start matpo-broker."
+        if idle.actors == 0:
+            return f"actors: none is connected, {idle.members_open} members are ordered. Start matpo-actor."
+        if idle.members_leased:
+            return (
+                f"{idle.actors} actors, which play {idle.members_leased} members; {idle.members_open} more are ordered"
+            )
+        if idle.members_open:
+            return f"{idle.actors} actors: {idle.members_open} members are ordered, none is taken. Look at their logs."
+        return "orders: the broker has none that is open"
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            asyncio.set_event_loop(self._loop)
+            self._loop.run_until_complete(self._main())
+        except Exception as error:  # noqa: BLE001 - outermost loop of this thread: the main thread raises it again
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+            for future in (self._started, self._resumed):
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            self._loop.close()
+
+    async def _main(self) -> None:
+        self._outgoing: asyncio.Queue[wire.AnyMessage] = asyncio.Queue()
+        self._stopping = asyncio.Event()
+        self._room = asyncio.Event()
+        try:
+            self._started.set_result(await self._patiently(lambda: self._link.connect(timeout_s=CONNECT_S)))
+            sender, fetcher = asyncio.create_task(self._send()), asyncio.create_task(self._fetch())
+            stopping = asyncio.create_task(self._stopping.wait())
+            done, _ = await asyncio.wait({sender, fetcher, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping in done:
+                await asyncio.wait({asyncio.create_task(self._outgoing.join()), sender}, timeout=FLUSH_S)
+            pending = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+            for task in done:
+                task.result()
+        finally:
+            await self._link.close()
+
+    async def _send(self) -> None:
+        while True:
+            message = await self._outgoing.get()
+            await self._patiently(lambda m=message: self._link.request(m, timeout_s=REPLY_S))  # type: ignore[misc]
+            if isinstance(message, wire.Resume):
+                self._resumed.set_result(None)
+            self._outgoing.task_done()
+
+    async def _fetch(self) -> None:
+        await asyncio.wrap_future(self._resumed)
+        while True:
+            while len(self._waiting) >= self._prefetch:
+                self._room.clear()
+                await self._room.wait()
+            fetch = wire.Fetch(epoch=self.epoch, wait_s=FETCH_WAIT_S)
+            message, payload = await self._patiently(lambda f=fetch: self._link.request(f, timeout_s=REPLY_S))  # type: ignore[misc]
+            if isinstance(message, wire.GroupReady):
+                self._receive(message, payload)
+            elif isinstance(message, wire.NoGroup):
+                self._idle = message
+
+    def _receive(self, message: wire.GroupReady, payload: bytes) -> None:
+        if message.index < self._done_below or message.index in self._seen:
+            return
+        delivery = unpack(
+            message,
+            payload,
+            stream=self._stream,
+            group_size=self._group_size,
+            vocab_size=self._vocab_size,
+            published=self.published,
+        )
+        with self._changed:
+            self._seen.add(message.index)
+            heapq.heappush(self._waiting, (delivery.index, delivery.id, delivery))
+            self._changed.notify_all()
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Try until it works. Only a refusal for good gets out."""
+        back_off_s = 0.2
+        while True:
+            try:
+                result = await attempt()
+            except TryAgainError as error:
+                if not self._unreachable:
+                    log.warning("broker.unreachable", endpoint=self._endpoint, error=str(error))
+                self._unreachable = True
+            except RefusedError as error:
+                if error.retry_after_s is None:
+                    raise
+                back_off_s = max(back_off_s, error.retry_after_s)
+            else:
+                if self._unreachable:
+                    log.info("broker.back", endpoint=self._endpoint)
+                self._unreachable = False
+                return result
+            await asyncio.sleep(back_off_s)
+            back_off_s = min(2 * back_off_s, MAX_BACK_OFF_S)

@@ -1,0 +1,196 @@
+"""Log-probabilities of sampled tokens from packed rows, without leaks and without [T, V] logits.
+
+Rules kept here, each with a test in tests/learner/test_logprobs.py:
+1. No token sees another segment of its row: attention runs segment by segment, positions restart.
+2. Logits exist for at most `chunk_tokens` rows at a time, in the forward and in the backward pass, and only at positions
+   that predict a sampled token. The backward pass makes them again.
+3. Softmax and logits are float32 (float64 for a float64 model), whatever the weights are.
+
+No mask is ever built: within one segment attention is plainly causal, so memory is O(T) and time is the sum of squares of
+the segments' lengths, not the square of the row's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from matpo.errors import ConfigError
+
+ATTENTION = "matpo_packed"
+LAYERS_WITHOUT_LEAK = {"full_attention", "sliding_attention"}
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
+"""Config keys of models that change logits after the head. We call the head's weights ourselves, so these are refused."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, d]
+    key: Tensor,  # [1, key heads, T, d]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segment_lengths: Sequence[int],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment of one packed row, in the form that transformers calls. Returns [1, T, heads, d]."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = list(segment_lengths)
+    rows = [
+        F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_band(q, sliding_window), is_causal=_band(q, sliding_window) is None, scale=scaling
+        )
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+def _band(query: Tensor, window: int | None) -> Tensor | None:
+    """The mask of a sliding-window layer for a segment longer than the window; None where plain causal is the same."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return None
+    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    return ones.tril() & ones.triu(1 - window)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T) at the targets, and the entropy, a chunk of rows at a time.
+
+    d log p_y / d logits = onehot(y) - p, so the backward pass needs only the log-normaliser of each row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy, normaliser = (hidden.new_empty(len(targets), dtype=kind) for _ in range(3))
+        for rows in _chunks(len(targets), chunk_tokens):
+            logits = _logits(hidden[rows], weight)
+            normaliser[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - normaliser[rows]
+            mean_logit = torch.linalg.vecdot((logits - normaliser[rows, None]).exp_(), logits)
+            entropy[rows] = normaliser[rows] - mean_logit
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.chunk_tokens = chunk_tokens
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype)
+        for rows in _chunks(len(targets), ctx.chunk_tokens):
+            grad = grad_logprobs[rows, None]
+            grad_logits = (_logits(hidden[rows], weight) - normaliser[rows, None]).exp_().mul_(-grad)
+            grad_logits.scatter_add_(-1, targets[rows, None], grad.to(grad_logits.dtype))
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[rows] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(low, min(low + size, total)) for low in range(0, total, size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[rows, V] in float32 at least. Low-precision inputs are multiplied exactly and summed in float32."""
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return hidden.float() @ weight.float().T
+    return hidden @ weight.T
+
+
+class Head(nn.Module):
+    """The LM head. A module of its own, called once per row, so that ZeRO-3 gathers its weight once and in order."""
+
+    def __init__(self, weight: nn.Parameter, chunk_tokens: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [M, H], targets [M] -> log-probs [M] and entropies [M] (the latter without gradient), in nats."""
+        logprobs, entropy = _ChunkedLogProbs.apply(hidden, self.weight, targets, self.chunk_tokens)
+        return logprobs, entropy
+
+
+class Scorer(nn.Module):
+    """A Hugging Face causal LM that scores the sampled tokens of one packed row."""
+
+    def __init__(self, model: nn.Module, *, chunk_tokens: int) -> None:
+        super().__init__()
+        _check_supported(model)
+        self.model = model
+        self.head = Head(model.get_output_embeddings().weight, chunk_tokens)
+
+    def forward(
+        self,
+        token_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        segment_lengths: Sequence[int],  # sum = T
+        predict_from: Tensor,  # [M]
+        target_ids: Tensor,  # [M]
+    ) -> tuple[Tensor, Tensor]:
+        """log pi of each target and the entropy where it was sampled: [M], [M], nats. T must be at least 1; M may be 0."""
+        hidden = self.model.base_model(
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
+            segment_lengths=tuple(int(n) for n in segment_lengths),
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden[0].index_select(0, predict_from), target_ids)
+
+
+def load_scorer(model_folder: Path, *, chunk_tokens: int, activation_checkpointing: bool = False) -> Scorer:
+    """Read a model folder in float32, on the CPU.
+
+    Raises ConfigError when weights are missing, or when the architecture does something that packing cannot follow.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True, output_loading_info=True
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:5])
+        raise ConfigError(f"model.path={model_folder}: weights are missing or of another shape: {names}. Name a whole model.")
+    _remove_dropout(model)  # mu was recorded without it
+    model.train(activation_checkpointing)  # transformers checkpoints only in training mode
+    if activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Scorer(model, chunk_tokens=chunk_tokens)
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _check_supported(model: nn.Module) -> None:
+    config: Any = model.config
+    if config._attn_implementation != ATTENTION:
+        raise ValueError(f'attn_implementation is "{config._attn_implementation}", want "{ATTENTION}": segments would see each other')
+    problems = [f"{key}={getattr(config, key)}" for key in LOGIT_TRANSFORMS if getattr(config, key, None) not in (None, 1, 1.0)]
+    problems += sorted(set(getattr(config, "layer_types", None) or ()) - LAYERS_WITHOUT_LEAK)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        problems.append("an LM head with a bias")
+    if problems:
+        raise ConfigError(
+            f"model.path: {config.model_type} has {', '.join(problems)}, which the packed forward does not do. "
+            "Use a model with plain (or sliding-window) attention and a plain LM head, such as Qwen3."
+        )

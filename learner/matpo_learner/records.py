@@ -1,0 +1,130 @@
+"""What a run leaves behind for people: JSON lines and Prometheus metrics of every update. Decides nothing.
+
+    metrics/learner.jsonl    one line per update: reward, lag, loss, where the time went
+    metrics/trained.jsonl    one line per consumed group: what became of it, and in which update
+
+Both are true as far as the checkpoint that the learner resumed from, and are cut there: each group stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matpo.episode import Group
+from matpo.metrics import Metrics
+from matpo_learner.deepspeed_engine import StepReport
+
+
+class JsonLines:
+    """An append-only file of JSON lines that can be cut back."""
+
+    def __init__(self, path: Path, *, num_bytes: int) -> None:
+        """Open the file and cut it to `num_bytes`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        self._file.truncate(num_bytes)
+
+    def write(self, **fields: Any) -> None:
+        """Append one line; visible to readers at once."""
+        self._file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Make what is written durable; returns the length in bytes."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Stopwatch:
+    """Seconds of the current update by phase."""
+
+    def __init__(self, metrics: Metrics | None) -> None:
+        self._metrics = metrics
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside the `with` block."""
+        began_s = time.monotonic()
+        yield
+        took_s = time.monotonic() - began_s
+        self._spent_s[name] += took_s
+        if self._metrics is not None:
+            self._metrics.observe("step_seconds", took_s, phase=name)
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap."""
+        spent_s = {name: round(value, 4) for name, value in self._spent_s.items()}
+        self._spent_s.clear()
+        return spent_s
+
+
+def summarise(
+    groups: Sequence[Group], zero_signal: Sequence[Group], lags: Sequence[int], report: StepReport
+) -> dict[str, Any]:
+    """The numbers of one update, flat.
+
+    `reward` is over every sound group that came in for this update, those without signal too: a policy that always
+    succeeds has no signal left, and must not look worse for it. `reward_trained` is over the trained ones only.
+    """
+    trained = [episode for group in groups for episode in group.episodes]
+    everyone = trained + [episode for group in zero_signal for episode in group.episodes]
+    overall = asdict(report.overall)
+    overall.pop("num_tokens")
+    return {
+        "reward": _mean([e.reward for e in everyone]),
+        "reward_trained": _mean([e.reward for e in trained]),
+        "reward_components": {
+            name: _mean([e.reward_components[name] for e in everyone if name in e.reward_components])
+            for name in sorted({name for e in everyone for name in e.reward_components})
+        },
+        "lag_mean": _mean(lags),
+        "lag_max": max(lags, default=0),
+        "groups_trained": len(groups),
+        "groups_zero_signal": len(zero_signal),
+        "episodes_trained": len(trained),
+        "segments_mean": _mean([len(e.segments) for e in trained]),
+        "tokens_trained": report.num_tokens,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        **overall,
+    }
+
+
+def export(metrics: Metrics, row: Mapping[str, Any], lags: Sequence[int], environment: str, report: StepReport) -> None:
+    """The same numbers as Prometheus metrics."""
+    metrics.set("policy_version", row["version"])
+    metrics.set("published_version", row["version"])
+    metrics.count("groups_trained_total", row["groups_trained"])
+    metrics.count("tokens_trained_total", report.num_tokens)
+    for lag in lags:
+        metrics.observe("batch_lag_versions", lag)
+    metrics.observe("importance_ratio", report.overall.ratio)
+    for (role, bucket), part in report.by_role_and_lag.items():
+        metrics.set("ess_ratio", part.ess, role=role, lag=bucket)
+    metrics.set("truncated_ratio", report.overall.truncated)
+    metrics.set("masked_ratio", report.overall.masked)
+    metrics.set("kl_nats", report.overall.kl)
+    metrics.set("entropy_nats", report.overall.entropy)
+    metrics.set("grad_norm", report.grad_norm)
+    for component, value in {"reward": row["reward"], **row["reward_components"]}.items():
+        metrics.set("reward", value, environment=environment, component=component)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0

@@ -1,0 +1,155 @@
+"""The operator's command, `matpo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from matpo import logs
+from matpo.errors import ConfigError, MatpoError, SetupError
+from matpo.settings import LogSettings, RunFile, load_run_file
+
+app = typer.Typer(
+    help="Train teams of LLM agents by asynchronous reinforcement learning. Start with `matpo demo`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN.TOML", help="The run file that every process reads.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. learner.learning_rate=3e-4."),
+]
+
+
+@app.command()
+def up(
+    run_path: RunPath,
+    sets: Sets = None,
+    actors: Annotated[int, typer.Option(min=0, help="Actor processes; 0 takes up.num_actors.")] = 0,
+) -> None:
+    """Start broker, learner and actors on this machine and watch them. Ctrl-C drains; the same command resumes."""
+    from matpo_ops import up as up_module
+    from matpo_ops.summary import account, plot
+
+    run_file = _load(run_path, sets)
+    console = Console()
+    up_module.run(
+        run_path, run_file, num_actors=actors or run_file.up.num_actors, overrides=sets or [], console=console
+    )
+    folder = run_file.run.folder
+    plot(folder, folder / "curves.png")
+    summary = account(folder).as_json()
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print_json(data=summary)
+    console.print(f"snapshots {run_file.snapshot_folder}\ncurves    {folder / 'curves.png'}", highlight=False)
+
+
+@app.command()
+def demo(
+    engine: Annotated[str, typer.Option(help="transformers (embedded) or vllm.")] = "transformers",
+    single_agent: Annotated[bool, typer.Option(help='One agent that holds the tools, credit = "grpo".')] = False,
+    folder: Annotated[Path | None, typer.Option(help="Run folder; default runs/demo-TIME.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Train the shipped tiny policy on `atlas` with real processes, measured before and after on held-out tasks."""
+    from matpo_ops import demo as demo_module
+
+    logs.configure(LogSettings(level="warning"), process="demo")
+    run_path, overrides = demo_module.demo_run_file(engine, single_agent, folder, sets or [])
+    figures = demo_module.run_demo(run_path, overrides, Console())
+    print("demo: " + json.dumps(figures), flush=True)
+
+
+@app.command("eval")
+def evaluate(
+    run_path: RunPath,
+    snapshot: Annotated[str, typer.Option(help="v12, latest, base (model.path), or a folder.")] = "latest",
+    sets: Sets = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Accuracy on held-out tasks with a 95 % interval."""
+    from matpo_ops.evaluate import evaluate as run_evaluation
+
+    run_file = _load(run_path, sets)
+    policy_folder, policy = _policy(run_file, snapshot)
+    console = Console(stderr=True)
+    with console.status("evaluating") as status:
+        found = run_evaluation(
+            run_file, policy_folder, policy=policy, progress=lambda done, n: status.update(f"evaluating {done}/{n}")
+        )
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return
+    score = found.score
+    print(
+        f"{policy} on {score.num_tasks} tasks of {found.environment}/{found.split}: "
+        f"reward {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    )
+    for name, value in found.components.items():
+        print(f"  {name:<24} {value:.3f}")
+    if found.num_failed:
+        print(f"  {found.num_failed} tasks failed for infrastructure reasons and are not scored")
+
+
+@app.command("tiny-policy")
+def tiny_policy(
+    out: Annotated[Path, typer.Argument(help="Folder to write the policy to.")],
+) -> None:
+    """Remake the shipped tiny policy: tokenizer, scripted episodes, supervised warm start (about ten minutes)."""
+    from matpo_ops.tiny_policy.make import make
+
+    logs.configure(LogSettings(), process="tiny-policy")
+    make(out)
+
+
+def _load(run_path: Path, sets: list[str] | None) -> RunFile:
+    run_file = load_run_file(run_path, sets or [])
+    logs.configure(run_file.log, process="matpo")
+    return run_file
+
+
+def _policy(run_file: RunFile, name: str) -> tuple[Path, str]:
+    from matpo.snapshot import newest, version_folder
+
+    if name == "base":
+        return run_file.model_folder, "base"
+    if name == "latest":
+        version = newest(run_file.snapshot_folder)
+        if version is None:
+            raise ConfigError(
+                f"{run_file.snapshot_folder} holds no snapshot yet. Use --snapshot base, or start the run."
+            )
+        return version_folder(run_file.snapshot_folder, version), f"v{version}"
+    folder = (
+        version_folder(run_file.snapshot_folder, int(name[1:]))
+        if name[:1] == "v" and name[1:].isdigit()
+        else Path(name)
+    )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--snapshot {name}: {folder} holds no model. Snapshots of this run: ls {run_file.snapshot_folder}"
+        )
+    return folder, name
+
+
+def main() -> None:
+    """Run the command; an expected error is one line and its exit code, never a traceback."""
+    try:
+        app()
+    except MatpoError as error:
+        print(f"matpo: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        missing = SetupError(f"{error.name} is not installed. Install the extra that has it: pip install 'matpo[all]'.")
+        print(f"matpo: {missing}", file=sys.stderr)
+        sys.exit(missing.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Packing: every sampled token once, with its own episode's advantage and the weight of the whole step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matpo.episode import Group
+from matpo.errors import EpisodeError
+from matpo.settings import LearnerSettings
+from matpo_learner.packing import fill_bins, pack_sft, pack_update
+
+SEEDS = st.integers(0, 10_000)
+
+
+def _advantages(groups):
+    return [np.array([0.25 + g + 10.0 * k for k in range(len(group.episodes))]) for g, group in enumerate(groups)]
+
+
+def _settings(**changes):
+    return LearnerSettings.model_validate({"group_size": 2, "groups_per_update": 4, "microbatch_tokens": 40} | changes)
+
+
+def _all_ranks(groups, settings, world_size):
+    plans = [pack_update(groups, _advantages(groups), settings, version=7, rank=r, world_size=world_size) for r in range(world_size)]
+    return [[batch for plan in plans for batch in plan[step]] for step in range(settings.num_minibatches)]
+
+
+def _targets(batches):
+    """Every trained token as (context, token, advantage, mu, weight, lag, role)."""
+    rows = []
+    for b in batches:
+        starts = np.cumsum(b.segment_lengths) - b.segment_lengths
+        for i, position in enumerate(b.predict_from):
+            start = starts[b.segment_ids[position]]
+            context = tuple(b.token_ids[start : position + 1].tolist())
+            weight, role = round(float(b.weights[i]), 9), b.roles[b.role_ids[i]]
+            rows.append((context, int(b.target_ids[i]), float(b.advantages[i]), float(b.mu[i]), weight, int(b.lags[i]), role))
+    return Counter(rows)
+
+
+def _loop(groups, denominator, constant_tokens=1024):
+    """The same by a plain loop over groups, episodes, segments and tokens."""
+    total = sum(e.num_sampled for g in groups for e in g.episodes)
+    rows = []
+    for group, of_group in zip(groups, _advantages(groups), strict=True):
+        for episode, advantage in zip(group.episodes, of_group, strict=True):
+            size = len(groups) * len(group.episodes)
+            divisor = {"episode": size * episode.num_sampled, "token": total, "constant": size * constant_tokens}[denominator]
+            for s in episode.segments:
+                for t in range(s.num_tokens):
+                    if s.trainable and s.sampled[t]:
+                        context, weight = tuple(s.token_ids[:t].tolist()), round(float(np.float32(1 / divisor)), 9)
+                        lag = 7 - int(s.versions[t])
+                        rows.append((context, int(s.token_ids[t]), float(np.float32(advantage)), float(s.logprobs[t]), weight, lag, s.role))
+    return Counter(rows)
+
+
+@given(seed=SEEDS, denominator=st.sampled_from(["episode", "token", "constant"]), world_size=st.integers(1, 3), room=st.integers(1, 90))
+def test_packed_tokens_equal_a_plain_loop(random_groups, seed, denominator, world_size, room):
+    groups = random_groups(seed, num_groups=3, group_size=2)
+    settings = _settings(denominator=denominator, microbatch_tokens=room)
+    (step,) = _all_ranks(groups, settings, world_size)
+    assert _targets(step) == _loop(groups, denominator)
+
+
+@given(seed=SEEDS)
+def test_each_sampled_token_of_each_segment_carries_exactly_its_episode_s_advantage(random_groups, seed):
+    """Defect 1 of the official code: worker tokens were trained only where the planner had one at the same index."""
+    groups = random_groups(seed, num_groups=1, group_size=2, max_workers=4)
+    (step,) = _all_ranks(groups, _settings(), 1)
+    found = Counter(float(a) for b in step for a in b.advantages)
+    want = Counter({a: e.num_sampled for a, e in zip(_advantages(groups)[0], groups[0].episodes, strict=True) if e.num_sampled})
+    assert found == want
+
+
+def test_worker_token_without_a_planner_token_at_its_index_is_trained(make_segment, make_episode):
+    planner = make_segment(0, "planner", token_ids=[1, 2, 3], sampled=[2])
+    worker = make_segment(1, "worker", token_ids=[1, 4, 5, 6, 7, 8], sampled=[1, 4, 5])
+    group = Group(id="g", episodes=[make_episode("g", 0, [planner, worker], 1.0)])
+    (step,) = pack_update([group], [np.array([0.5])], _settings(), version=0)
+    assert sorted(t for b in step for t in b.target_ids) == [3, 4, 7, 8]
+    assert all((b.advantages == 0.5).all() for b in step)
+
+
+@given(seed=SEEDS)
+def test_frozen_segments_carry_no_trained_token_and_do_not_count(random_groups, make_episode, seed):
+    groups = random_groups(seed, num_groups=2, group_size=2, max_workers=3)
+    without = [
+        Group(id=g.id, episodes=[make_episode(g.id, e.member, [s for s in e.segments if s.trainable], e.reward) for e in g.episodes])
+        for g in groups
+    ]
+    settings = _settings()
+    assert _targets(_all_ranks(groups, settings, 1)[0]) == _targets(_all_ranks(without, settings, 1)[0])
+
+
+@given(seed=SEEDS, num_minibatches=st.integers(1, 4))
+def test_minibatches_hold_whole_groups_with_all_their_roles(random_groups, seed, num_minibatches):
+    """Defect 2 of the official code: steps were cut by row count, workers last."""
+    groups = random_groups(seed, num_groups=5, group_size=2)
+    settings = _settings(num_minibatches=num_minibatches, loss="decoupled_ppo")
+    steps = _all_ranks(groups, settings, 2)
+    bounds = np.linspace(0, 5, num_minibatches + 1).round().astype(int)
+    advantages = _advantages(groups)
+    for step, low, high in zip(steps, bounds[:-1], bounds[1:], strict=True):
+        want = Counter()
+        for g in range(low, high):
+            for e, a in zip(groups[g].episodes, advantages[g], strict=True):
+                for s in e.segments:
+                    if s.trainable and s.num_sampled:
+                        want[s.role, float(a)] += s.num_sampled
+        assert Counter((b.roles[r], float(a)) for b in step for r, a in zip(b.role_ids, b.advantages, strict=True)) == want
+
+
+@given(seed=SEEDS, world_size=st.integers(1, 4), room=st.integers(1, 60))
+def test_rows_keep_their_limit_and_every_rank_has_the_same_number(random_groups, seed, world_size, room):
+    groups = random_groups(seed, num_groups=2, group_size=2)
+    settings = _settings(microbatch_tokens=room)
+    plans = [pack_update(groups, _advantages(groups), settings, version=0, rank=r, world_size=world_size)[0] for r in range(world_size)]
+    assert len({len(plan) for plan in plans}) == 1
+    assert all(b.num_tokens <= room or len(b.segment_lengths) == 1 for plan in plans for b in plan)
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), capacity=st.integers(1, 80), world_size=st.integers(1, 4))
+def test_bins_hold_every_item_once(lengths, capacity, world_size):
+    bins = fill_bins(lengths, capacity, world_size)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert len(bins) % world_size == 0
+    assert bins
+
+
+def test_bins_are_as_even_as_whole_segments_allow():
+    loads = [sum([30, 20, 10, 10, 5, 5][i] for i in members) for members in fill_bins([30, 20, 10, 10, 5, 5], 100, 2)]
+    assert loads == [40, 40]
+
+
+def test_positions_restart_and_first_tokens_are_no_targets(make_segment, make_episode):
+    planner = make_segment(0, "planner", token_ids=[5, 91, 7, 2], sampled=[2, 3])
+    worker = make_segment(1, "worker", token_ids=[5, 44, 8], sampled=[2])
+    group = Group(id="g", episodes=[make_episode("g", 0, [planner, worker], 1.0)])
+    ((row,),) = pack_update([group], [np.array([1.0])], _settings(), version=3)
+    assert row.token_ids.tolist() == [5, 91, 7, 5, 44]
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert row.segment_lengths.tolist() == [3, 2]
+    assert row.predict_from.tolist() == [1, 2, 4]
+    assert row.target_ids.tolist() == [7, 2, 8]
+    assert row.weights.tolist() == pytest.approx([1 / 3] * 3)
+    assert row.lags.tolist() == [3, 3, 3]
+
+
+def test_sampled_first_token_is_refused(make_segment, make_episode):
+    episode = make_episode("g", 0, [make_segment(0, "planner", token_ids=[5, 6], sampled=[0, 1])], 1.0)
+    with pytest.raises(EpisodeError, match="A segment begins with a prompt") as caught:
+        pack_sft([episode], _settings())
+    assert caught.value.reason == "first_token_sampled"
+
+
+@given(seed=SEEDS)
+def test_supervised_weights_of_a_step_sum_to_one(random_groups, seed):
+    episodes = [e for g in random_groups(seed, num_groups=2, group_size=2) for e in g.episodes]
+    rows = [b for r in range(2) for b in pack_sft(episodes, _settings(), rank=r, world_size=2)]
+    total = sum(float(b.weights.sum()) for b in rows)
+    assert total == pytest.approx(1.0 if sum(e.num_sampled for e in episodes) else 0.0, abs=1e-5)
+
+
+def test_update_without_any_sampled_token_packs_to_empty_rows(make_segment, make_episode):
+    group = Group(id="g", episodes=[make_episode("g", 0, [make_segment(0, "planner", token_ids=[5, 6], sampled=[])], 1.0)])
+    ((row,),) = pack_update([group], [np.array([1.0])], _settings(), version=0)
+    assert (row.num_tokens, row.num_targets) == (0, 0)
