@@ -13,6 +13,7 @@ Rules kept here; each has a test in tests/broker/test_journal.py:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -161,6 +162,8 @@ def read_payload(folder: Path, episode: str, location: Location) -> bytes:
             head = file.read(head_bytes + _CRC.size)
             payload = file.read(location.num_bytes)
     except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EIO):  # of this process, not of these bytes: too many files, ...
+            raise
         raise JournalError(f"{where}: {error.strerror}", reason="missing") from error
     if len(head) + len(payload) != head_bytes + _CRC.size + location.num_bytes:
         raise JournalError(f"{where}: the file ends inside it", reason="torn")

@@ -98,12 +98,12 @@ class Ledger:
             known = self._meta.get(field)
             if known and value and known != value and hello.peer != "operator":
                 raise RefusedError(
-                    f"{field} of {hello.name} is {value}, the run's learner has {known}. Use one release and one model.",
+                    f"{field} of {hello.name} is {value}, the learner has {known}. Use one release and one model.",
                     reason=field,
                 )
 
     def greet_learner(self, hello: wire.Hello) -> int:
-        """The epoch of a learner process: a new process raises it, the current one keeps it, an earlier one is refused."""
+        """The epoch of a learner process: a new one raises it, the current one keeps it, an earlier one is refused."""
         self.check_peer(hello)
         known = self._one("SELECT epoch FROM learners WHERE incarnation = ?", hello.incarnation)
         if known is None:
@@ -277,7 +277,7 @@ class Ledger:
             )
         if leased != (index, message.member, message.attempt):
             raise RefusedError(
-                f"lease {message.lease} is not for member {message.member}, attempt {message.attempt} of {message.group}",
+                f"lease {message.lease} is not for {message.group}, member {message.member}, attempt {message.attempt}",
                 reason="lease_mismatch",
             )
         return True

@@ -44,8 +44,9 @@ def run(run_file: RunFile) -> None:
         _stop_on_signals(server)
         counts = ledger.counts()
         log.info(
-            "broker ready", actors=actors, learner=learner, run=run_file.run.name, release=__version__, pid=os.getpid(),
-            durability="group-fsync", orders=counts["orders"], episodes=counts["episodes_stored"], epoch=counts["epoch"],
+            "broker ready", actors=actors, learner=learner, run=run_file.run.name, release=__version__,
+            pid=os.getpid(), durability="group-fsync", orders=counts["orders"],
+            episodes=counts["episodes_stored"], epoch=counts["epoch"],
         )  # fmt: skip
         server.serve()
     except (OSError, sqlite3.Error) as error:
@@ -97,8 +98,8 @@ def address_of(settings: BrokerSettings) -> str:
     address = str(found[0][4][0])
     if not ipaddress.ip_address(address).is_loopback and not settings.insecure:
         raise ConfigError(
-            f'broker.host="{settings.host}" is reachable from other machines, and peers have no keys. Use 127.0.0.1, or '
-            "set broker.insecure = true on a network that nobody else can reach.",
+            f'broker.host="{settings.host}" is reachable from other machines, and peers have no keys. '
+            "Use 127.0.0.1, or set broker.insecure = true on a network that nobody else can reach.",
             reason="insecure",
         )
     return address

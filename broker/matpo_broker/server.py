@@ -8,7 +8,6 @@ acknowledged at all: OSError and sqlite3.Error leave `turn` with the replies uns
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -34,6 +33,9 @@ _LEARNER_KINDS = (wire.Resume, wire.PlaceOrders, wire.Fetch, wire.Commit, wire.S
 log = logs.get()
 
 
+Address = tuple["zmq.Socket[bytes]", bytes]  # the socket, and the identity that ROUTER gave the connection
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
     """One connection that said hello. `key` names its process in the ledger."""
@@ -47,12 +49,9 @@ class Peer:
 class Parked:
     """A lease or fetch request that waits for something to hand out."""
 
-    address: tuple[zmq.Socket[bytes], bytes]
+    address: Address
     message: wire.LeaseRequest | wire.Fetch
     until_s: float
-
-
-Address = tuple["zmq.Socket[bytes]", bytes]
 
 
 class Server:
@@ -73,7 +72,7 @@ class Server:
         self._metrics = metrics
         self._clock = clock
         self._peers: dict[Address, Peer] = {}
-        self._parked: deque[Parked] = deque()
+        self._parked: dict[tuple[Address, str], Parked] = {}  # by peer and kind, oldest first
         self._replies: list[tuple[Address, wire.AnyMessage, bytes]] = []
         self._unsynced = False
         self._obsolete: list[int] = []
@@ -98,8 +97,8 @@ class Server:
 
     def stop(self) -> None:
         """End `serve` after the turn in progress. Safe in a signal handler and from other threads."""
-        self._stopping = True
-        os.write(self._wake_write, b"x")
+        if self._wake_write >= 0:
+            os.write(self._wake_write, b"x")
 
     def serve(self) -> None:
         """Turn until `stop`. Raises OSError or sqlite3.Error when the disk fails; end the process then."""
@@ -111,8 +110,9 @@ class Server:
         for socket in (self._actors, self._learners):
             socket.close(linger=int(linger_s * 1000))
         self._context.term()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        read, write, self._wake_read, self._wake_write = self._wake_read, self._wake_write, -1, -1
+        os.close(read)
+        os.close(write)
 
     # ---- the loop
 
@@ -145,10 +145,13 @@ class Server:
 
     def _drain(self) -> list[tuple[Address, list[bytes]]]:
         now_s = self._clock()
-        due_s = min([self._ledger.next_deadline_s, now_s + REPORT_S, *(parked.until_s for parked in self._parked)])
+        due_s = min(
+            [self._ledger.next_deadline_s, now_s + REPORT_S, *(parked.until_s for parked in self._parked.values())]
+        )
         ready = dict(self._poller.poll(max(0, int((due_s - now_s) * 1000) + 1)))
         if self._wake_read in ready:
             os.read(self._wake_read, 64)
+            self._stopping = True
         arrived: list[tuple[Address, list[bytes]]] = []
         for socket in (self._learners, self._actors):
             num_bytes = num_messages = 0
@@ -287,41 +290,36 @@ class Server:
     def _park(self, address: Address, message: wire.LeaseRequest | wire.Fetch, now_s: float) -> None:
         """Every lease and fetch goes through here and is served at the end of the turn. A peer's newer one replaces its
         older one of the same kind: the peer gave up waiting for that."""
-        self._parked = deque(
-            parked for parked in self._parked if (parked.address, parked.message.kind) != (address, message.kind)
-        )
-        wait_s = min(message.wait_s, MAX_WAIT_S)
-        self._parked.append(Parked(address=address, message=message, until_s=now_s + wait_s))
+        until_s = now_s + min(message.wait_s, MAX_WAIT_S)
+        self._parked.pop((address, message.kind), None)
+        self._parked[address, message.kind] = Parked(address=address, message=message, until_s=until_s)
 
     def _serve_parked(self, now_s: float) -> None:
-        waiting: deque[Parked] = deque()
         paused: str | None = None  # once there is no member for one actor, there is none for the next
-        for parked in self._parked:
+        for key, parked in list(self._parked.items()):
             address, message = parked.address, parked.message
-            reply: wire.AnyMessage | None
+            reply: wire.GroupReady | wire.NoGroup | wire.Leases
             payload = b""
             try:
                 if isinstance(message, wire.Fetch):
                     reply, payload = self._deliver(message)
                     empty = isinstance(reply, wire.NoGroup)
-                else:
-                    peer = self._peers.get(address)
-                    if peer is None:  # said goodbye meanwhile
-                        continue
+                elif (peer := self._peers.get(address)) is not None:
                     leases: list[wire.Lease] = []
                     if paused is None:
                         leases, why = self._ledger.lease(peer.key, message.num_members, now_s)
                         paused = None if leases else why
-                    empty = not leases
-                    reply = wire.Leases(leases=leases, paused=paused or "")
+                    reply, empty = wire.Leases(leases=leases, paused=paused or ""), not leases
+                else:  # said goodbye meanwhile
+                    del self._parked[key]
+                    continue
             except RefusedError as error:
+                del self._parked[key]
                 self._refuse(address, message.seq, error.reason, str(error), kind=message.kind)
                 continue
-            if empty and now_s < parked.until_s:
-                waiting.append(parked)
-            else:
+            if not empty or now_s >= parked.until_s:
+                del self._parked[key]
                 self._reply(address, message, reply, payload)
-        self._parked = waiting
 
     def _deliver(self, message: wire.Fetch) -> tuple[wire.GroupReady | wire.NoGroup, bytes]:
         """The next group with its payloads. One that is damaged on disk becomes a tombstone, not wrong bytes."""
@@ -390,11 +388,11 @@ class Server:
     def _report(self, now_s: float) -> None:
         """Gauges, and an end to peers that went without a goodbye."""
         self._report_at_s = now_s + REPORT_S
+        waiting = {address for address, _ in self._parked}
         silent = [a for a, peer in self._peers.items() if now_s - peer.heard_s > self._settings.lease_s]
-        for address in silent:
-            peer = self._peers[address]
+        for address in set(silent) - waiting:
+            peer = self._peers.pop(address)  # it says hello again when it comes back
             if peer.hello.peer == "actor":
-                del self._peers[address]  # it says hello again when it comes back
                 log.warning("actor.silent", actor=peer.hello.name, silent_s=round(now_s - peer.heard_s, 1))
         ready, orders_open, _, leased = self._ledger.flow()
         self._metrics.set("groups_ready", ready)

@@ -21,8 +21,9 @@ CREATE TABLE meta(key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 CREATE TABLE learners(epoch INTEGER PRIMARY KEY, incarnation TEXT NOT NULL UNIQUE, name TEXT NOT NULL);
 -- state: open (members missing), whole, dropped (given up: `reason`). delivered: epoch that has it. task: msgpack.
 CREATE TABLE orders(idx INTEGER PRIMARY KEY, grp TEXT NOT NULL UNIQUE, group_size INTEGER NOT NULL, task BLOB NOT NULL,
-  state TEXT NOT NULL DEFAULT 'open', reason TEXT NOT NULL DEFAULT '', owner TEXT, num_stored INTEGER NOT NULL DEFAULT 0,
-  num_bytes INTEGER NOT NULL DEFAULT 0, delivered INTEGER, consumed INTEGER NOT NULL DEFAULT 0);
+  state TEXT NOT NULL DEFAULT 'open', reason TEXT NOT NULL DEFAULT '', owner TEXT,
+  num_stored INTEGER NOT NULL DEFAULT 0, num_bytes INTEGER NOT NULL DEFAULT 0, delivered INTEGER,
+  consumed INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX waiting ON orders(idx) WHERE consumed = 0 AND delivered IS NULL;
 -- members without an episode. `attempt` counts hand-outs, `failures` those that ended badly.
 CREATE TABLE members(idx INTEGER NOT NULL, member INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,

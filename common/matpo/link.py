@@ -1,7 +1,7 @@
 """A peer's end of the broker's pipe: requests and replies over one ZeroMQ DEALER socket, on asyncio.
 
 Rules kept here; each has a test in tests/common/test_link.py:
-1. After every (re)connect the hello goes first and every unanswered request again: a broker may be restarted at any time.
+1. After every (re)connect the hello goes first, then every unanswered request again: a broker may be restarted.
 2. A request ends with its reply, RefusedError, or TryAgainError after its time-out; asking again is then safe.
 3. A reply that comes too late is given back: leases are released, a group is fetched again.
 """
@@ -9,8 +9,9 @@ Rules kept here; each has a test in tests/common/test_link.py:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -20,6 +21,7 @@ from matpo import logs, wire
 from matpo.errors import PeerError, ProtocolError, RefusedError, TryAgainError
 
 Reply = tuple[wire.AnyMessage, bytes]
+HELLO_S = 10.0  # an unanswered hello is repeated after this
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 log = logs.get()
 
@@ -45,11 +47,11 @@ class Link:
         self._on_notice = on_notice
         self._seq = 0
         self._pending: dict[int, _Request] = {}
-        self._connected = False
+        self._greeted = False  # on the connection of now: only then do requests go out
+        self._greeting: asyncio.Task[None] | None = None
         self._broken: Exception | None = None
         self._received_group = ""
         self._one_fetch = asyncio.Lock()
-        self._one_hello = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._context: zmq.asyncio.Context | None = None
 
@@ -59,17 +61,21 @@ class Link:
         self._socket = self._context.socket(zmq.DEALER)
         # SNDHWM 0: what is unanswered is bounded by the caller (outbox bytes), not by the socket.
         for option, value in (
-            (zmq.LINGER, 0), (zmq.IMMEDIATE, 1), (zmq.SNDHWM, 0), (zmq.RECONNECT_IVL, 100), (zmq.RECONNECT_IVL_MAX, 2000),
-            (zmq.HANDSHAKE_IVL, 5000), (zmq.HEARTBEAT_IVL, 5000), (zmq.HEARTBEAT_TIMEOUT, 15000),
+            (zmq.LINGER, 0), (zmq.IMMEDIATE, 1), (zmq.SNDHWM, 0), (zmq.RECONNECT_IVL, 100),
+            (zmq.RECONNECT_IVL_MAX, 2000), (zmq.HANDSHAKE_IVL, 5000), (zmq.HEARTBEAT_IVL, 5000),
+            (zmq.HEARTBEAT_TIMEOUT, 15000),
         ):  # fmt: skip
             self._socket.setsockopt(option, value)
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._socket.connect(self.endpoint)
         self._start(self._watch())
         self._start(self._receive())
-        await self._greet(timeout_s)
-        assert self.welcome is not None
-        return self.welcome
+        self._first_welcome: asyncio.Future[wire.Welcome] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._first_welcome
+        except TimeoutError:
+            raise self._silent("hello", timeout_s) from None
 
     async def request(self, message: wire.AnyMessage, payload: bytes = b"", *, timeout_s: float = 30) -> Reply:
         """Send a request and wait for its reply: `timeout_s`, plus what the broker may hold it (`wait_s`).
@@ -86,6 +92,8 @@ class Link:
         timeout_s += getattr(message, "wait_s", 0.0)
         if isinstance(message, wire.Fetch):
             return await self._fetch(message, timeout_s)
+        if isinstance(message, wire.Resume):
+            self._received_group = ""  # every group may come again
         if isinstance(message, wire.PlaceOrders) and len(message.orders) > 1:
             return await self._place(message, timeout_s)
         return await self._exchange(message, payload, timeout_s)
@@ -141,60 +149,67 @@ class Link:
         self._pending[seq] = request
         try:
             async with asyncio.timeout(timeout_s):
-                if self._connected:
+                if self._greeted or isinstance(message, wire.Hello):
                     await self._send(request)
                 reply, body = await request.reply
         except TimeoutError:
-            raise TryAgainError(
-                f"no answer to {message.kind} from the broker at {self.endpoint} within {timeout_s:g} s. "
-                "Is it running, and is that its address?",
-                reason="timeout",
-            ) from None
+            raise self._silent(message.kind, timeout_s) from None
         finally:
             del self._pending[seq]
         if isinstance(reply, wire.Refused):
             raise RefusedError(reply.message, reason=reply.reason, retry_after_s=reply.retry_after_s)
         return reply, body
 
-    async def _greet(self, timeout_s: float) -> None:
-        reply, _ = await self._exchange(self._hello, b"", timeout_s)
-        if not isinstance(reply, wire.Welcome):
-            raise ProtocolError(f"{self.endpoint} answered hello with {reply.kind}. Is it a broker?", reason="kind")
-        self.welcome = reply
-
     async def _send(self, request: _Request) -> None:
         try:
             await self._socket.send_multipart(request.frames, flags=zmq.NOBLOCK)
-        except zmq.Again:  # the connection just went; `_watch` sends it again with the next one
-            self._connected = False
+        except zmq.Again:  # the connection just went; it goes out with the next one
+            self._greeted = False
 
-    async def _again(self) -> None:
-        """The hello, then everything that is unanswered, in order."""
-        async with self._one_hello:
-            waiting = [(seq, r) for seq, r in sorted(self._pending.items()) if not r.reply.done()]
-            if self.welcome is not None:
-                try:
-                    await self._greet(30)
-                except TryAgainError:  # the next connect greets again
-                    return
-                except PeerError as error:
-                    self._fail(error)
-                    return
-            for seq, request in waiting:
-                if seq in self._pending:
-                    await self._send(request)
+    def _silent(self, kind: str, timeout_s: float) -> TryAgainError:
+        return TryAgainError(
+            f"no answer to {kind} from the broker at {self.endpoint} within {timeout_s:g} s. "
+            "Is it running, and is that its address?",
+            reason="timeout",
+        )
 
     # ---- background
 
     async def _watch(self) -> None:
-        """Follow the connection. Re-sending runs beside, because it waits for a reply."""
+        """Follow the connection: greet on each new one."""
         while True:
             event = (await recv_monitor_message(self._monitor))["event"]
-            self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            if self._connected:
-                self._start(self._again())
-            elif event == zmq.EVENT_DISCONNECTED:
+            self._greeted = False
+            if event == zmq.EVENT_DISCONNECTED:
                 log.warning("broker.disconnected", endpoint=self.endpoint)
+                continue
+            if self._greeting is not None:
+                self._greeting.cancel()  # its hello went down with the old connection
+            self._greeting = self._start(self._greet())
+
+    async def _greet(self) -> None:
+        """The hello until it is answered, then everything that is unanswered, in order."""
+        while True:
+            try:
+                reply, _ = await self._exchange(self._hello, b"", HELLO_S)
+                break
+            except TryAgainError:
+                continue
+            except PeerError as error:
+                self._fail(error)
+                return
+        if not isinstance(reply, wire.Welcome):
+            self._fail(
+                ProtocolError(f"{self.endpoint} answered hello with {reply.kind}. Is it a broker?", reason="kind")
+            )
+            return
+        self.welcome = reply
+        self._greeted = True
+        if not self._first_welcome.done():
+            self._first_welcome.set_result(reply)
+        for seq, request in sorted(self._pending.items()):
+            if seq in self._pending:
+                await self._send(request)
 
     async def _receive(self) -> None:
         while True:
@@ -206,8 +221,10 @@ class Link:
                 self._fail(ProtocolError(f"from {self.endpoint}: {error}", reason=error.reason))
                 continue
             request = self._pending.get(reply.seq)
-            if isinstance(reply, wire.Refused) and reply.reason == "hello_first" and self.welcome is not None:
-                self._start(self._again())
+            if isinstance(reply, wire.Refused) and reply.reason == "hello_first":
+                if self._greeting is None or self._greeting.done():
+                    self._greeted = False
+                    self._greeting = self._start(self._greet())
             elif request is not None and not request.reply.done():
                 request.reply.set_result((reply, bytes(payload)))
             elif isinstance(reply, wire.Leases) and reply.leases:
@@ -223,10 +240,11 @@ class Link:
         except (PeerError, TryAgainError) as error:  # they run out by themselves
             log.warning("leases.not_given_back", num_leases=len(leases), error=str(error))
 
-    def _start(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -236,6 +254,9 @@ class Link:
             self._fail(self._broken)
 
     def _fail(self, error: Exception) -> None:
+        if not self._first_welcome.done():
+            self._first_welcome.set_exception(error)
+            self._first_welcome.exception()  # `connect` may have given up: then nobody else looks at it
         for request in self._pending.values():
             if not request.reply.done():
                 request.reply.set_exception(error)

@@ -77,7 +77,8 @@ def grpo(group: Group, settings: LearnerSettings) -> Credit:
         roles = sorted({segment.role for segment in episode.segments})
         if len(roles) > 1:
             raise EpisodeError(
-                f'episode {episode.id} has roles {", ".join(roles)}; credit = "grpo" is for one. Set learner.credit = "matpo".',
+                f'episode {episode.id} has roles {", ".join(roles)}; credit = "grpo" is for one. '
+                'Set learner.credit = "matpo".',
                 reason="not_single_agent",
             )
     return matpo(group, settings)

@@ -4,7 +4,7 @@ Rules kept here, each with a test in tests/learner/test_deepspeed_engine.py:
 1. The gradient of an optimizer step is the sum over all micro-batches of all ranks. DeepSpeed averages over ranks and
    accumulation steps; both are undone here, so packing and the number of ranks never change an update.
 2. Each minibatch is exactly one optimizer step, whatever the number of micro-batches.
-3. A loss or gradient that is not finite stops the update before (loss) or right after (gradient) it reaches the weights.
+3. A loss or gradient that is not finite ends the update with an error; a loss does so before it reaches the weights.
 4. A checkpoint holds whole tensors by name, no pickle; it resumes under another ZeRO stage or number of ranks.
 
 Every method but the properties is collective: all ranks call it, in the same order, with the same plan.
@@ -14,8 +14,6 @@ deepspeed is imported late: it picks its device at import, and other modules rea
 from __future__ import annotations
 
 import atexit
-import hashlib
-import json
 import logging
 import os
 import warnings
@@ -30,23 +28,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matpo.errors import CheckpointError, ConfigError, MatpoError, SetupError
 from matpo.settings import LearnerSettings
+from matpo_learner import engine_state
 from matpo_learner import loss as losses
 from matpo_learner.logprobs import load_scorer
 from matpo_learner.packing import MicroBatch, pack_sft
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """A rank that is silent this long is dead. Ranks wait for rank 0 while it waits for groups, so this is generous."""
-CHECKPOINT_FORMAT = 1
-STATE_FILE, INDEX_FILE = "state.safetensors", "engine.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state
-OWNED_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"} | {
-    "optimizer", "scheduler", "fp16", "bf16"
+OWNED_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16",
 }  # fmt: skip
 """Parts of the DeepSpeed config that would change what an update is; learner.* sets them."""
 
@@ -85,7 +81,6 @@ class LearnerEngine:
             chunk_tokens=settings.logprob_chunk_tokens,
             activation_checkpointing=settings.activation_checkpointing,
         )
-        self._tie = scorer.head.weight is scorer.model.get_input_embeddings().weight
         optimizer = torch.optim.AdamW(
             scorer.parameters(),
             lr=0.0,  # set before each step
@@ -123,8 +118,8 @@ class LearnerEngine:
             step_loss, step_sums = self._accumulate(name, minibatch, None if prox is None else prox[index])
             if not np.isfinite(step_loss):
                 raise MatpoError(
-                    f"update {self.num_updates}: the {name} loss is {step_loss}. The weights were not changed; look at the "
-                    "last groups' log-probs, or lower learner.learning_rate.",
+                    f"update {self.num_updates}: the {name} loss is {step_loss}. The weights were not changed "
+                    "by it; resume from the last checkpoint with a lower learner.learning_rate.",
                     reason="not_finite",
                 )
             total_loss += step_loss
@@ -202,7 +197,7 @@ class LearnerEngine:
         return rate
 
     def _create_optimizer_state(self) -> None:
-        """An empty step at rate 0: the ZeRO stages make AdamW's state at different times, and two of them count it as a step."""
+        """An empty step at rate 0: ZeRO stages make AdamW's state at different times, and some count it as a step."""
         self._accumulate("sft", [_EMPTY], None)
         self._engine.step()
         self._set_num_steps(0)
@@ -210,7 +205,7 @@ class LearnerEngine:
     # ---- weights out
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, CPU tensor) of every weight, one at a time, whole. The LM head is there even if tied.
+        """(Hugging Face name, CPU tensor) of every weight, one at a time, whole. A tied head comes under its own name.
 
         Collective: every rank must run the iterator to its end.
         """
@@ -219,15 +214,11 @@ class LearnerEngine:
             with self._gathered(parameter):
                 whole = parameter.detach().to("cpu", copy=True)
             yield name, whole
-        if self._tie and not any(name == "lm_head.weight" for name, _ in model.named_parameters(remove_duplicate=False)):
-            with self._gathered(self._scorer.head.weight):
-                whole = self._scorer.head.weight.detach().to("cpu", copy=True)
-            yield "lm_head.weight", whole
 
     # ---- checkpoint
 
     def save(self, folder: Path) -> None:
-        """Write master weights, moments, counters and random state into an existing folder (rank 0 writes, with fsync)."""
+        """Write master weights, moments, counters and random state into an existing folder; rank 0 does, with fsync."""
         state: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
         for name, parameter in self._scorer.named_parameters():
             for key in (None, *MOMENTS):
@@ -235,32 +226,26 @@ class LearnerEngine:
                 if self.rank == 0:
                     state[f"{key or 'weight'}/{name}"] = whole.detach().float().cpu().clone().contiguous()
         if self.rank == 0:
-            save_file(state, folder / STATE_FILE)
-            index = {
-                "format": CHECKPOINT_FORMAT,
-                "num_updates": self.num_updates,
-                "num_steps": self._get_num_steps(),
-                "sha256": _sha256(folder / STATE_FILE),
-            }
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
-            for file in (folder / STATE_FILE, folder / INDEX_FILE):
-                _fsync(file)
+            engine_state.write(folder, state, num_updates=self.num_updates, num_steps=self._get_num_steps())
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote. Raises CheckpointError (missing, hash, format, model) before anything is changed."""
-        index, state = _read_checkpoint(folder)
+        """Take over what `save` wrote. Raises CheckpointError (missing, hash, format, model) before any change."""
+        state, counters = engine_state.read(folder)
         parameters = dict(self._scorer.named_parameters())
         want = {f"{key}/{name}" for name in parameters for key in ("weight", *MOMENTS)} | {"rng/cpu"}
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
         wrong = sorted(want ^ set(state)) or [n for n, s in shapes.items() if tuple(state[f"weight/{n}"].shape) != s]
         if wrong:
-            raise CheckpointError(f"{folder}: of another model (first difference: {wrong[0]}). Resume with the run's model.", reason="model")
+            raise CheckpointError(
+                f"{folder}: of another model (first difference: {wrong[0]}). Resume with the run's model.",
+                reason="model",
+            )
         for name, parameter in parameters.items():
             for key in (None, *MOMENTS):
                 self._set(parameter, key, state[f"{key or 'weight'}/{name}"].to(self.device))
-        self._set_num_steps(int(index["num_steps"]))
-        self.num_updates = int(index["num_updates"])
+        self._set_num_steps(counters["num_steps"])
+        self.num_updates = counters["num_updates"]
         torch.set_rng_state(state["rng/cpu"])
         dist.barrier()
 
@@ -276,7 +261,7 @@ class LearnerEngine:
         if self.rank == 0 and data:
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(content, src=0)
-        return content.cpu().numpy().tobytes()
+        return bytes(content.cpu().numpy())
 
     def close(self) -> None:
         """Free the model. The process group stays for the next engine of this process, until it exits."""
@@ -306,7 +291,7 @@ class LearnerEngine:
 
         whole = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         assert whole is not None, "DeepSpeed keeps no master of a trained parameter"
-        return whole  # type: ignore[no-any-return]
+        return whole
 
     def _set(self, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
         if self._sharded:
@@ -340,7 +325,10 @@ def make_config(settings: LearnerSettings, num_parameters: int) -> dict[str, Any
     """The DeepSpeed config, with learner.deepspeed merged over it. Raises ConfigError for keys that learner.* owns."""
     taken = sorted(OWNED_KEYS & set(settings.deepspeed))
     if taken:
-        raise ConfigError(f"learner.deepspeed may not set {', '.join(taken)}: it would change what an update is. Use the keys of [learner].")
+        raise ConfigError(
+            f"learner.deepspeed may not set {', '.join(taken)}: it would change what an update is. "
+            "Use the keys of [learner]."
+        )
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -361,7 +349,8 @@ def make_config(settings: LearnerSettings, num_parameters: int) -> dict[str, Any
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
-        result[key] = _merged(result[key], value) if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) else value
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
     return result
 
 
@@ -369,7 +358,10 @@ def _pick_device(settings: LearnerSettings) -> torch.device:
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise SetupError(f'learner.device="{settings.device}", but torch {torch.__version__} sees no GPU. Set learner.device = "cpu".')
+        raise SetupError(
+            f'learner.device="{settings.device}", but torch {torch.__version__} sees no GPU. '
+            'Set learner.device = "cpu".'
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
@@ -397,43 +389,15 @@ def _start_process_group(device: torch.device, rank: int, world_size: int) -> No
             **where,
         )
         atexit.register(dist.destroy_process_group)
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), dist_init_required=False, auto_mpi_discovery=False, verbose=False
+    )
 
 
 def _check_norm(norm: float, update: int) -> None:
     if not np.isfinite(norm):
         raise MatpoError(
-            f"update {update}: the gradient norm is {norm}. Resume from the last checkpoint with a lower learner.learning_rate.",
+            f"update {update}: the gradient norm is {norm}. Resume from the last checkpoint with a lower "
+            "learner.learning_rate.",
             reason="not_finite",
         )
-
-
-def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        index = json.loads((folder / INDEX_FILE).read_text())
-        wanted, found = index["sha256"], _sha256(folder / STATE_FILE)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {error.filename} cannot be read: {error.strerror}. Use an older checkpoint.", reason="missing") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: {INDEX_FILE} is torn: {error}. Use an older checkpoint.", reason="format") from None
-    if index.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{folder}: format {index.get('format')}, want {CHECKPOINT_FORMAT}. Use the release that wrote it.", reason="format")
-    if wanted != found:
-        raise CheckpointError(f"{folder}: {STATE_FILE} has SHA-256 {found[:12]}, want {wanted[:12]}. Use an older checkpoint.", reason="hash")
-    try:
-        return index, load_file(folder / STATE_FILE)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: {STATE_FILE}: {error}. Use an older checkpoint.", reason="format") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,11 +20,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from matpo.link import Link
-
 from matpo import logs, schema, wire
 from matpo.episode import Episode, Group
 from matpo.errors import DataError, EpisodeError, ProtocolError, RefusedError, TryAgainError
+from matpo.link import Link
 from matpo_learner.orders import Book, OrderStream
 
 FETCH_WAIT_S = 2.0
@@ -33,7 +32,7 @@ CONNECT_S = 10.0
 MAX_BACK_OFF_S = 5.0
 FLUSH_S = 10.0
 FIRST_WARNING_S = 10.0
-MAX_ORDERS_BYTES = 256 * 1024  # of one message: headers are limited to wire.MAX_HEADER_BYTES
+ORDERS_PER_MESSAGE = 1024
 log = logs.get()
 _Result = TypeVar("_Result")
 
@@ -113,7 +112,7 @@ class Inbox:
         self._vocab_size = vocab_size
         self._prefetch = prefetch
         self._group_timeout_s = group_timeout_s
-        self._link = Link(endpoint, hello)
+        self._hello = hello
         self._endpoint = endpoint
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
@@ -154,17 +153,8 @@ class Inbox:
 
     def place(self, indices: Sequence[int]) -> None:
         """Place orders."""
-        orders: list[wire.Order] = []
-        size = 0
-        for index in indices:
-            order = self._stream.order(index)
-            num_bytes = len(order.model_dump_json())
-            if orders and size + num_bytes > MAX_ORDERS_BYTES:
-                self._post(wire.PlaceOrders(epoch=self.epoch, orders=orders))
-                orders, size = [], 0
-            orders.append(order)
-            size += num_bytes
-        if orders:
+        for at in range(0, len(indices), ORDERS_PER_MESSAGE):
+            orders = [self._stream.order(index) for index in indices[at : at + ORDERS_PER_MESSAGE]]
             self._post(wire.PlaceOrders(epoch=self.epoch, orders=orders))
 
     def commit(self, checkpoint: str, book: Book, *, oldest_kept_below: int) -> None:
@@ -255,13 +245,14 @@ class Inbox:
         self._outgoing: asyncio.Queue[wire.AnyMessage] = asyncio.Queue()
         self._stopping = asyncio.Event()
         self._room = asyncio.Event()
+        self._started.set_result(await self._patiently(self._connect))
         try:
-            self._started.set_result(await self._patiently(lambda: self._link.connect(timeout_s=CONNECT_S)))
             sender, fetcher = asyncio.create_task(self._send()), asyncio.create_task(self._fetch())
             stopping = asyncio.create_task(self._stopping.wait())
             done, _ = await asyncio.wait({sender, fetcher, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stopping in done:
-                await asyncio.wait({asyncio.create_task(self._outgoing.join()), sender}, timeout=FLUSH_S)
+                sent = asyncio.create_task(self._outgoing.join())
+                await asyncio.wait({sent, sender}, timeout=FLUSH_S, return_when=asyncio.FIRST_COMPLETED)
             pending = asyncio.all_tasks() - {asyncio.current_task()}
             for task in pending:
                 task.cancel()
@@ -270,6 +261,16 @@ class Inbox:
                 task.result()
         finally:
             await self._link.close()
+
+    async def _connect(self) -> wire.Welcome:
+        link = Link(self._endpoint, self._hello)
+        try:
+            welcome = await link.connect(timeout_s=CONNECT_S)
+        except BaseException:  # also when cancelled
+            await link.close()
+            raise
+        self._link = link
+        return welcome
 
     async def _send(self) -> None:
         while True:

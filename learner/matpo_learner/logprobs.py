@@ -2,12 +2,12 @@
 
 Rules kept here, each with a test in tests/learner/test_logprobs.py:
 1. No token sees another segment of its row: attention runs segment by segment, positions restart.
-2. Logits exist for at most `chunk_tokens` rows at a time, in the forward and in the backward pass, and only at positions
-   that predict a sampled token. The backward pass makes them again.
+2. Logits exist for at most `chunk_tokens` rows at a time, in the forward and in the backward pass, and only at
+   positions that predict a sampled token. The backward pass makes them again.
 3. Softmax and logits are float32 (float64 for a float64 model), whatever the weights are.
 
-No mask is ever built: within one segment attention is plainly causal, so memory is O(T) and time is the sum of squares of
-the segments' lengths, not the square of the row's.
+No mask is built (save for sliding windows): within one segment attention is plainly causal, so memory is O(T) and time
+is the sum of squares of the segments' lengths, not the square of the row's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from matpo.errors import ConfigError
 ATTENTION = "matpo_packed"
 LAYERS_WITHOUT_LEAK = {"full_attention", "sliding_attention"}
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
-"""Config keys of models that change logits after the head. We call the head's weights ourselves, so these are refused."""
+"""Config keys of models that change logits after the head. We use the head's weight ourselves, so these are refused."""
 
 
 def packed_attention(
@@ -41,7 +41,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment of one packed row, in the form that transformers calls. Returns [1, T, heads, d]."""
+    """Causal attention inside each segment of one packed row, as transformers calls it. Returns [1, T, heads, d]."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -67,7 +67,7 @@ def _band(query: Tensor, window: int | None) -> Tensor | None:
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-class _ChunkedLogProbs(torch.autograd.Function):
+class _ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
     """log softmax(hidden @ weight.T) at the targets, and the entropy, a chunk of rows at a time.
 
     d log p_y / d logits = onehot(y) - p, so the backward pass needs only the log-normaliser of each row.
@@ -89,7 +89,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype)
@@ -116,7 +116,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden @ weight.T
 
 
-class Head(nn.Module):
+class Head(nn.Module):  # type: ignore[misc]
     """The LM head. A module of its own, called once per row, so that ZeRO-3 gathers its weight once and in order."""
 
     def __init__(self, weight: nn.Parameter, chunk_tokens: int) -> None:
@@ -130,7 +130,7 @@ class Head(nn.Module):
         return logprobs, entropy
 
 
-class Scorer(nn.Module):
+class Scorer(nn.Module):  # type: ignore[misc]
     """A Hugging Face causal LM that scores the sampled tokens of one packed row."""
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int) -> None:
@@ -147,14 +147,15 @@ class Scorer(nn.Module):
         predict_from: Tensor,  # [M]
         target_ids: Tensor,  # [M]
     ) -> tuple[Tensor, Tensor]:
-        """log pi of each target and the entropy where it was sampled: [M], [M], nats. T must be at least 1; M may be 0."""
+        """log pi of each target and the entropy where it was sampled: [M], [M], nats. T is at least 1; M may be 0."""
         hidden = self.model.base_model(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
             segment_lengths=tuple(int(n) for n in segment_lengths),
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden[0].index_select(0, predict_from), target_ids)
+        logprobs, entropy = self.head(hidden[0].index_select(0, predict_from), target_ids)
+        return logprobs, entropy
 
 
 def load_scorer(model_folder: Path, *, chunk_tokens: int, activation_checkpointing: bool = False) -> Scorer:
@@ -163,11 +164,17 @@ def load_scorer(model_folder: Path, *, chunk_tokens: int, activation_checkpointi
     Raises ConfigError when weights are missing, or when the architecture does something that packing cannot follow.
     """
     model, info = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True, output_loading_info=True
+        model_folder,
+        dtype=torch.float32,
+        attn_implementation=ATTENTION,
+        local_files_only=True,
+        output_loading_info=True,
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:5])
-        raise ConfigError(f"model.path={model_folder}: weights are missing or of another shape: {names}. Name a whole model.")
+        raise ConfigError(
+            f"model.path={model_folder}: weights are missing or of another shape: {names}. Name a whole model."
+        )
     _remove_dropout(model)  # mu was recorded without it
     model.train(activation_checkpointing)  # transformers checkpoints only in training mode
     if activation_checkpointing:
@@ -184,8 +191,11 @@ def _remove_dropout(model: nn.Module) -> None:
 def _check_supported(model: nn.Module) -> None:
     config: Any = model.config
     if config._attn_implementation != ATTENTION:
-        raise ValueError(f'attn_implementation is "{config._attn_implementation}", want "{ATTENTION}": segments would see each other')
-    problems = [f"{key}={getattr(config, key)}" for key in LOGIT_TRANSFORMS if getattr(config, key, None) not in (None, 1, 1.0)]
+        raise ValueError(
+            f'attn_implementation is "{config._attn_implementation}", want "{ATTENTION}": segments would see each other'
+        )
+    found = {key: getattr(config, key, None) for key in LOGIT_TRANSFORMS}
+    problems = [f"{key}={value}" for key, value in found.items() if value not in (None, 1)]
     problems += sorted(set(getattr(config, "layer_types", None) or ()) - LAYERS_WITHOUT_LEAK)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         problems.append("an LM head with a bias")

@@ -2,7 +2,7 @@
 
 Rules kept here, each with a test in tests/learner/test_loss.py:
 1. A loss is a sum of weight * token loss, never a mean: the weights (1 / denominator) come from matpo_learner.packing.
-2. When the policy is the behaviour policy, the gradient of every loss is the on-policy gradient sum weight * A * grad log pi.
+2. When the policy is the behaviour policy, every loss has the on-policy gradient, sum weight * A * grad log pi.
 3. Ratios are per token, of log differences clamped to +-20; never a product over a segment or a tree.
 4. Diagnostics are sums by role and lag bucket: they add over micro-batches and ranks, and are divided once, at the end.
 
@@ -41,7 +41,9 @@ class Tokens:
     num_roles: int
 
     @classmethod
-    def of(cls, batch: MicroBatch, *, device: torch.device | str = "cpu", prox: NDArray[np.float32] | None = None) -> Tokens:
+    def of(
+        cls, batch: MicroBatch, *, device: torch.device | str = "cpu", prox: NDArray[np.float32] | None = None
+    ) -> Tokens:
         """The columns of a micro-batch as tensors."""
         bucket = np.searchsorted(np.array(_LAG_UPPER), batch.lags, side="left")
         return cls(
@@ -67,7 +69,7 @@ class TokenLoss:
 def weighted_sum(
     name: str, logprobs: Tensor, entropy: Tensor, tokens: Tokens, settings: LearnerSettings
 ) -> tuple[Tensor, Tensor]:
-    """(loss scalar, diagnostics [roles * lag buckets, FIELDS] float64) of one micro-batch, to be summed over all of them.
+    """(loss scalar, diagnostics [roles * lag buckets, FIELDS] float64) of one micro-batch; both add over all of them.
 
     `logprobs` [M] is log pi with a gradient. `name` is a key of LOSSES.
     """

@@ -10,13 +10,14 @@ Rules kept here, each with a test in tests/learner/test_packing.py:
 5. The plan depends only on the arguments: each rank makes the whole plan and keeps its share.
 
 A row holds a segment up to the last sampled token, which is predicted but never read. Targets are stored as
-(row position to predict from, token id), so the first token of a segment cannot be predicted from the segment before it.
+(row position to predict from, token id), so a segment's first token cannot be predicted from the segment before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def pack_update(
     roles = _roles([episode for group in groups for episode in group.episodes])
     minibatches = []
     bounds = np.linspace(0, len(groups), settings.num_minibatches + 1).round().astype(int)
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in pairwise(bounds):
         pieces = _pieces(groups[low:high], advantages[low:high], settings)
         minibatches.append(_rows(pieces, settings, roles, version, rank, world_size))
     return minibatches
@@ -112,7 +113,9 @@ def pack_sft(
     """
     num_sampled = sum(episode.num_sampled for episode in episodes)
     pieces = [
-        piece for episode in episodes for piece in _episode_pieces(episode, advantage=1.0, weight=1.0 / max(num_sampled, 1))
+        piece
+        for episode in episodes
+        for piece in _episode_pieces(episode, advantage=1.0, weight=1.0 / max(num_sampled, 1))
     ]
     return _rows(pieces, settings, _roles(episodes), version, rank, world_size)
 
@@ -163,7 +166,7 @@ def _rows(
 
 
 def fill_bins(lengths: Sequence[int], capacity: int, world_size: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`; the number of bins is a multiple of `world_size`, at least one each.
+    """Indices of `lengths` in bins of at most `capacity`, the same number of bins (at least one) for each rank.
 
     Rank r takes bins[r::world_size]. First-fit decreasing says how few bins do; then, if it can be done within
     `capacity`, the same items are spread evenly (longest first into the emptiest), so that no rank waits for another.

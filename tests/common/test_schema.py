@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from matpo import schema
 from matpo.episode import Episode, Message, Segment, Task
 from matpo.errors import EpisodeError
@@ -119,7 +120,7 @@ def test_golden_bytes_of_schema_v1_are_read_for_ever() -> None:
 
 
 @given(st.data())
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_sound_episode_comes_back_equal(data: st.DataObject) -> None:
     segments = []
     for index in range(data.draw(st.integers(1, 4))):
@@ -271,7 +272,7 @@ def test_every_truncation_is_an_episode_error() -> None:
 
 
 @given(st.data())
-@settings(max_examples=800, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_flipped_bits_never_raise_anything_but_an_episode_error(data: st.DataObject) -> None:
     payload = bytearray(schema.encode(an_episode()))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -297,5 +298,3 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, cut: int) -> None:
     (tmp_path / "e").write_bytes(content[:cut] if cut == 5 else content[:-cut])
     with pytest.raises(EpisodeError, match="cut off"):
         list(schema.read_episodes(tmp_path / "e"))
-
-

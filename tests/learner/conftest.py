@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from matpo.episode import Episode, Group, Segment, Task
 from matpo.settings import LearnerSettings
 
@@ -14,7 +15,14 @@ VOCABULARY = 64
 
 
 def build_segment(
-    index: int, role: str, *, token_ids: Sequence[int], sampled: Sequence[int], mu: float = -1.0, version: int = 0, trainable: bool = True
+    index: int,
+    role: str,
+    *,
+    token_ids: Sequence[int],
+    sampled: Sequence[int],
+    mu: float = -1.0,
+    version: int = 0,
+    trainable: bool = True,
 ) -> Segment:
     """A segment; `sampled` are positions."""
     mask = np.zeros(len(token_ids), dtype=bool)
@@ -45,9 +53,15 @@ def build_episode(group: str, member: int, segments: Sequence[Segment], reward: 
 
 
 def build_random_groups(
-    seed: int, *, num_groups: int, group_size: int, max_workers: int = 2, max_tokens: int = 24, vocabulary: int = VOCABULARY
+    seed: int,
+    *,
+    num_groups: int,
+    group_size: int,
+    max_workers: int = 2,
+    max_tokens: int = 24,
+    vocabulary: int = VOCABULARY,
 ) -> list[Group]:
-    """Groups of planners with 0 to max_workers workers; random masks, rewards, mu, versions and a frozen worker now and then."""
+    """Groups of planners with 0 to max_workers workers; random masks, rewards, mu and versions; some frozen."""
     rng = np.random.default_rng(seed)
 
     def one(index: int) -> Segment:
@@ -68,7 +82,9 @@ def build_random_groups(
         Group(
             id=f"g-{g}",
             episodes=[
-                build_episode(f"g-{g}", k, [one(i) for i in range(1 + int(rng.integers(0, max_workers + 1)))], float(rng.random()))
+                build_episode(
+                    f"g-{g}", k, [one(i) for i in range(1 + int(rng.integers(0, max_workers + 1)))], float(rng.random())
+                )
                 for k in range(group_size)
             ],
         )
@@ -94,7 +110,13 @@ def random_groups() -> Callable[..., list[Group]]:
 @pytest.fixture(scope="session")
 def make_settings() -> Callable[..., LearnerSettings]:
     def build(**changes: object) -> LearnerSettings:
-        base: dict[str, object] = {"group_size": 2, "groups_per_update": 4, "device": "cpu", "num_threads": 1, "learning_rate": 1e-3}
+        base: dict[str, object] = {
+            "group_size": 2,
+            "groups_per_update": 4,
+            "device": "cpu",
+            "num_threads": 1,
+            "learning_rate": 1e-3,
+        }
         return LearnerSettings.model_validate(base | changes)
 
     return build

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from matpo.episode import Group
 from matpo.errors import EpisodeError
 from matpo.settings import LearnerSettings
@@ -65,7 +66,7 @@ def test_group_of_equal_rewards_has_no_signal_and_zero_advantages(make_episode, 
 
 
 def test_group_with_a_member_missing_is_refused(make_episode, make_segment, make_settings):
-    with pytest.raises(EpisodeError, match="holds 2 episodes, want learner.group_size=3") as caught:
+    with pytest.raises(EpisodeError, match=r"holds 2 episodes, want learner\.group_size=3") as caught:
         credit.advantages(_group(make_episode, make_segment, [0.0, 1.0]), make_settings(group_size=3))
     assert caught.value.reason == "group_size"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
 from matpo.errors import ConfigError
 from matpo_learner import loss as losses
 from matpo_learner.logprobs import ATTENTION, Scorer, load_scorer
 from matpo_learner.packing import pack_sft, pack_update
-from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 
 def _scorer(folder, *, chunk_tokens=5, dtype=torch.float64):
@@ -19,7 +20,13 @@ def _scorer(folder, *, chunk_tokens=5, dtype=torch.float64):
 
 def _score(scorer, batch):
     t = torch.as_tensor
-    return scorer(t(batch.token_ids), t(batch.position_ids), batch.segment_lengths.tolist(), t(batch.predict_from), t(batch.target_ids))
+    return scorer(
+        t(batch.token_ids),
+        t(batch.position_ids),
+        batch.segment_lengths.tolist(),
+        t(batch.predict_from),
+        t(batch.target_ids),
+    )
 
 
 def _rows(random_groups, settings, seed=1, **changes):
@@ -53,7 +60,9 @@ def _naive(folder, row):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
-def test_packed_chunked_log_probs_equal_each_segment_alone_with_full_logits(tiny_model, random_groups, make_settings, chunk_tokens):
+def test_packed_chunked_log_probs_equal_each_segment_alone_with_full_logits(
+    tiny_model, random_groups, make_settings, chunk_tokens
+):
     scorer = _scorer(tiny_model, chunk_tokens=chunk_tokens)
     for row in _rows(random_groups, make_settings):
         logprobs, entropy = _score(scorer, row)
@@ -91,9 +100,15 @@ def test_changing_one_segment_changes_no_bit_of_another(tiny_model, random_group
 def test_no_tensor_of_row_length_times_vocabulary_is_kept_or_made(tmp_path, random_groups, make_settings):
     vocabulary, chunk = 4096, 8
     config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-        head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     groups = random_groups(5, num_groups=8, group_size=4, vocabulary=vocabulary, max_tokens=60)
     (row,) = pack_sft([e for g in groups for e in g.episodes], make_settings(microbatch_tokens=100_000))
@@ -153,7 +168,12 @@ def test_gradient_at_masked_tokens_is_exactly_zero(tiny_model, make_segment, mak
     (row,) = pack_sft([make_episode("g", 0, [segment], 1.0)], make_settings())
     scorer = _scorer(tiny_model)
     outputs = []
-    scorer.model.base_model.norm.register_forward_hook(lambda _m, _a, out: (out.retain_grad(), outputs.append(out)) and None)
+
+    def keep(_module, _arguments, out):
+        out.retain_grad()
+        outputs.append(out)
+
+    scorer.model.base_model.norm.register_forward_hook(keep)
     _score(scorer, row)[0].sum().backward()
     grad = outputs[0].grad[0]
     assert len(grad) == 3  # nothing after the last sampled token is read at all
@@ -164,9 +184,18 @@ def test_gradient_at_masked_tokens_is_exactly_zero(tiny_model, make_segment, mak
 def test_sliding_window_layers_see_only_their_window(tmp_path):
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
-        use_sliding_window=True, sliding_window=4, max_window_layers=1, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+        initializer_range=0.5,
+    )
     Qwen3ForCausalLM(config).double().save_pretrained(tmp_path)
     ids = torch.randint(0, 32, (11,))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="sdpa")

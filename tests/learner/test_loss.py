@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from matpo.settings import LearnerSettings
 from matpo_learner import loss as losses
 
@@ -66,7 +67,9 @@ def test_token_losses_and_their_sum_equal_the_numbers_worked_by_hand():
     rows = GOLDEN["tokens"]
     episodes = [row["episode"] for row in rows]
     tokens = _tokens(
-        [row["mu"] for row in rows], [GOLDEN["advantages"][e] for e in episodes], [GOLDEN["weights"][e] for e in episodes]
+        [row["mu"] for row in rows],
+        [GOLDEN["advantages"][e] for e in episodes],
+        [GOLDEN["weights"][e] for e in episodes],
     )
     log_pi = [row["log_pi"] for row in rows]
     result = losses.tis(torch.tensor(log_pi, dtype=torch.float64), tokens, SETTINGS)
@@ -84,7 +87,9 @@ def test_losses_and_gradients_equal_a_plain_loop(name, rows):
     value, grad, _ = _value_and_grad(name, log_pi, _tokens(mu, advantages, weights, prox))
     want = [_plain(name, *row) for row in rows]
     assert value == pytest.approx(sum(w * loss for w, (loss, _) in zip(weights, want, strict=True)), rel=1e-9, abs=1e-9)
-    assert grad.tolist() == pytest.approx([w * slope for w, (_, slope) in zip(weights, want, strict=True)], rel=1e-9, abs=1e-9)
+    assert grad.tolist() == pytest.approx(
+        [w * slope for w, (_, slope) in zip(weights, want, strict=True)], rel=1e-9, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
@@ -98,7 +103,9 @@ def test_every_loss_gives_the_on_policy_gradient_when_pi_equals_mu(name, rows):
 
 @pytest.mark.parametrize("name", [*POLICY_LOSSES, "sft"])
 def test_no_loss_or_gradient_overflows_at_impossible_tokens(name):
-    value, grad, sums = _value_and_grad(name, [-1e-6, -200.0, -200.0], _tokens([-200.0, -1e-6, -200.0], [1.0, -1.0, 2.0]))
+    value, grad, sums = _value_and_grad(
+        name, [-1e-6, -200.0, -200.0], _tokens([-200.0, -1e-6, -200.0], [1.0, -1.0, 2.0])
+    )
     assert math.isfinite(value)
     assert np.isfinite(grad).all()
     assert np.isfinite(sums).all()
@@ -113,7 +120,9 @@ def test_weight_of_a_rare_token_is_capped_although_its_probability_hardly_moved(
 
 def test_decoupled_ppo_without_prox_is_refused():
     tokens = _tokens([-1.0], [1.0])
-    bare = losses.Tokens(mu=tokens.mu, advantages=tokens.advantages, weights=tokens.weights, prox=None, cells=tokens.cells, num_roles=1)
+    bare = losses.Tokens(
+        mu=tokens.mu, advantages=tokens.advantages, weights=tokens.weights, prox=None, cells=tokens.cells, num_roles=1
+    )
     with pytest.raises(ValueError, match="prox"):
         losses.decoupled_ppo(torch.tensor([-1.0]), bare, SETTINGS)
 
@@ -124,7 +133,10 @@ def test_supervised_loss_is_the_weighted_negative_log_likelihood():
     assert grad.tolist() == [-0.5, -0.5]
 
 
-@given(rows=st.lists(st.tuples(LOGPROB, LOGPROB, st.floats(-3, 3), st.integers(0, 11)), min_size=1, max_size=30), cut=st.integers(0, 30))
+@given(
+    rows=st.lists(st.tuples(LOGPROB, LOGPROB, st.floats(-3, 3), st.integers(0, 11)), min_size=1, max_size=30),
+    cut=st.integers(0, 30),
+)
 def test_diagnostics_add_over_micro_batches_and_equal_a_plain_loop(rows, cut):
     def sums(part):
         if not part:
@@ -143,7 +155,10 @@ def test_diagnostics_add_over_micro_batches_and_equal_a_plain_loop(rows, cut):
         assert found.log_ratio == pytest.approx(sum(logs) / len(logs))
 
 
-@pytest.mark.parametrize(("lag", "bucket"), [(0, "0"), (1, "1"), (2, "2"), (3, "3-4"), (4, "3-4"), (5, "5-8"), (8, "5-8"), (9, ">8"), (99, ">8")])
+@pytest.mark.parametrize(
+    ("lag", "bucket"),
+    [(0, "0"), (1, "1"), (2, "2"), (3, "3-4"), (4, "3-4"), (5, "5-8"), (8, "5-8"), (9, ">8"), (99, ">8")],
+)
 def test_lags_fall_into_their_buckets(make_segment, make_episode, lag, bucket):
     from matpo_learner.packing import pack_sft
 

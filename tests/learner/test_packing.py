@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from matpo.episode import Group
 from matpo.errors import EpisodeError
 from matpo.settings import LearnerSettings
@@ -25,7 +26,10 @@ def _settings(**changes):
 
 
 def _all_ranks(groups, settings, world_size):
-    plans = [pack_update(groups, _advantages(groups), settings, version=7, rank=r, world_size=world_size) for r in range(world_size)]
+    plans = [
+        pack_update(groups, _advantages(groups), settings, version=7, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
     return [[batch for plan in plans for batch in plan[step]] for step in range(settings.num_minibatches)]
 
 
@@ -38,7 +42,9 @@ def _targets(batches):
             start = starts[b.segment_ids[position]]
             context = tuple(b.token_ids[start : position + 1].tolist())
             weight, role = round(float(b.weights[i]), 9), b.roles[b.role_ids[i]]
-            rows.append((context, int(b.target_ids[i]), float(b.advantages[i]), float(b.mu[i]), weight, int(b.lags[i]), role))
+            rows.append(
+                (context, int(b.target_ids[i]), float(b.advantages[i]), float(b.mu[i]), weight, int(b.lags[i]), role)
+            )
     return Counter(rows)
 
 
@@ -49,17 +55,34 @@ def _loop(groups, denominator, constant_tokens=1024):
     for group, of_group in zip(groups, _advantages(groups), strict=True):
         for episode, advantage in zip(group.episodes, of_group, strict=True):
             size = len(groups) * len(group.episodes)
-            divisor = {"episode": size * episode.num_sampled, "token": total, "constant": size * constant_tokens}[denominator]
+            divisor = {"episode": size * episode.num_sampled, "token": total, "constant": size * constant_tokens}[
+                denominator
+            ]
             for s in episode.segments:
                 for t in range(s.num_tokens):
                     if s.trainable and s.sampled[t]:
                         context, weight = tuple(s.token_ids[:t].tolist()), round(float(np.float32(1 / divisor)), 9)
                         lag = 7 - int(s.versions[t])
-                        rows.append((context, int(s.token_ids[t]), float(np.float32(advantage)), float(s.logprobs[t]), weight, lag, s.role))
+                        rows.append(
+                            (
+                                context,
+                                int(s.token_ids[t]),
+                                float(np.float32(advantage)),
+                                float(s.logprobs[t]),
+                                weight,
+                                lag,
+                                s.role,
+                            )
+                        )
     return Counter(rows)
 
 
-@given(seed=SEEDS, denominator=st.sampled_from(["episode", "token", "constant"]), world_size=st.integers(1, 3), room=st.integers(1, 90))
+@given(
+    seed=SEEDS,
+    denominator=st.sampled_from(["episode", "token", "constant"]),
+    world_size=st.integers(1, 3),
+    room=st.integers(1, 90),
+)
 def test_packed_tokens_equal_a_plain_loop(random_groups, seed, denominator, world_size, room):
     groups = random_groups(seed, num_groups=3, group_size=2)
     settings = _settings(denominator=denominator, microbatch_tokens=room)
@@ -73,7 +96,9 @@ def test_each_sampled_token_of_each_segment_carries_exactly_its_episode_s_advant
     groups = random_groups(seed, num_groups=1, group_size=2, max_workers=4)
     (step,) = _all_ranks(groups, _settings(), 1)
     found = Counter(float(a) for b in step for a in b.advantages)
-    want = Counter({a: e.num_sampled for a, e in zip(_advantages(groups)[0], groups[0].episodes, strict=True) if e.num_sampled})
+    want = Counter(
+        {a: e.num_sampled for a, e in zip(_advantages(groups)[0], groups[0].episodes, strict=True) if e.num_sampled}
+    )
     assert found == want
 
 
@@ -90,7 +115,12 @@ def test_worker_token_without_a_planner_token_at_its_index_is_trained(make_segme
 def test_frozen_segments_carry_no_trained_token_and_do_not_count(random_groups, make_episode, seed):
     groups = random_groups(seed, num_groups=2, group_size=2, max_workers=3)
     without = [
-        Group(id=g.id, episodes=[make_episode(g.id, e.member, [s for s in e.segments if s.trainable], e.reward) for e in g.episodes])
+        Group(
+            id=g.id,
+            episodes=[
+                make_episode(g.id, e.member, [s for s in e.segments if s.trainable], e.reward) for e in g.episodes
+            ],
+        )
         for g in groups
     ]
     settings = _settings()
@@ -112,14 +142,19 @@ def test_minibatches_hold_whole_groups_with_all_their_roles(random_groups, seed,
                 for s in e.segments:
                     if s.trainable and s.num_sampled:
                         want[s.role, float(a)] += s.num_sampled
-        assert Counter((b.roles[r], float(a)) for b in step for r, a in zip(b.role_ids, b.advantages, strict=True)) == want
+        assert (
+            Counter((b.roles[r], float(a)) for b in step for r, a in zip(b.role_ids, b.advantages, strict=True)) == want
+        )
 
 
 @given(seed=SEEDS, world_size=st.integers(1, 4), room=st.integers(1, 60))
 def test_rows_keep_their_limit_and_every_rank_has_the_same_number(random_groups, seed, world_size, room):
     groups = random_groups(seed, num_groups=2, group_size=2)
     settings = _settings(microbatch_tokens=room)
-    plans = [pack_update(groups, _advantages(groups), settings, version=0, rank=r, world_size=world_size)[0] for r in range(world_size)]
+    plans = [
+        pack_update(groups, _advantages(groups), settings, version=0, rank=r, world_size=world_size)[0]
+        for r in range(world_size)
+    ]
     assert len({len(plan) for plan in plans}) == 1
     assert all(b.num_tokens <= room or len(b.segment_lengths) == 1 for plan in plans for b in plan)
 
@@ -167,6 +202,8 @@ def test_supervised_weights_of_a_step_sum_to_one(random_groups, seed):
 
 
 def test_update_without_any_sampled_token_packs_to_empty_rows(make_segment, make_episode):
-    group = Group(id="g", episodes=[make_episode("g", 0, [make_segment(0, "planner", token_ids=[5, 6], sampled=[])], 1.0)])
+    group = Group(
+        id="g", episodes=[make_episode("g", 0, [make_segment(0, "planner", token_ids=[5, 6], sampled=[])], 1.0)]
+    )
     ((row,),) = pack_update([group], [np.array([1.0])], _settings(), version=0)
     assert (row.num_tokens, row.num_targets) == (0, 0)

@@ -1,0 +1,115 @@
+"""What runs inside vLLM's own processes: read weights back after a load, and die with the actor.
+
+vLLM imports this module by name (`worker_extension_cls`) in each process that holds a worker, and nowhere else does
+anything import it. So the import itself starts the watch on the parent: it covers the start-up as well.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+WATCH_S = 0.5
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(1)  # nothing to save; an orderly end would wait for a peer that is gone
+
+
+threading.Thread(target=_die_with, args=(os.getppid(),), name="matpo-parent-watch", daemon=True).start()
+
+
+class WorkerExtension:
+    """Becomes a base class of vLLM's worker: the methods are called by `collective_rpc`."""
+
+    model_runner: Any
+
+    def matpo_compare(self, folder: str) -> tuple[list[str], list[str]]:
+        """Compare this worker's weights with a snapshot's, element by element. Returns (different, not comparable).
+
+        vLLM fuses some tensors (q, k and v are one), pads the vocabulary, and may split both over ranks.
+        """
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        model = self.model_runner.get_model()
+        fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        different, unknown = [], []
+        with _Tensors(folder) as tensors:
+            for name, weight in model.named_parameters():
+                layer = model.get_submodule(name.rpartition(".")[0])
+                repacked = weight.numel() == 0 and hasattr(layer, "output_size_per_partition")
+                shape = (layer.output_size_per_partition, layer.input_size_per_partition) if repacked else weight.shape
+                expected = _expected([tensors.get(n) for n in _sources(name, fused)], torch.Size(shape), rank, size)
+                if expected is None:
+                    unknown.append(name)
+                elif not (_acts_as(layer, expected) if repacked else _equals(weight, expected)):
+                    different.append(name)
+        return different, unknown
+
+
+def _equals(weight: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(weight[: len(expected)], expected.to(weight.device, weight.dtype))
+
+
+def _acts_as(layer: Any, expected: torch.Tensor) -> bool:
+    """Whether a layer whose weight was packed for a CPU library multiplies by `expected`, up to rounding."""
+    expected = expected.to(layer.weight.dtype)
+    x = torch.randn(4, expected.shape[1], generator=torch.Generator().manual_seed(0)).to(expected.dtype)
+    got, want = layer.quant_method.apply(layer, x, None), torch.nn.functional.linear(x, expected)
+    tolerance = 1e-5 if expected.dtype == torch.float32 else 1e-2
+    return bool((got - want).abs().max() <= tolerance * want.abs().max())
+
+
+class _Tensors:
+    """A snapshot's tensors by name, read one at a time."""
+
+    def __init__(self, folder: str) -> None:
+        self._files = [safe_open(path, framework="pt") for path in sorted(Path(folder).glob("*.safetensors"))]
+
+    def __enter__(self) -> _Tensors:
+        self._where = {name: f for file in self._files for f in [file.__enter__()] for name in f.keys()}  # noqa: SIM118
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files:
+            file.__exit__(*error)
+
+    def get(self, name: str) -> torch.Tensor | None:
+        file = self._where.get(name)
+        return None if file is None else file.get_tensor(name)
+
+
+def _sources(name: str, fused: dict[str, list[str]]) -> list[str]:
+    """Names in the snapshot of what one of vLLM's parameters is made of, in order."""
+    for whole, parts in fused.items():
+        if f".{whole}." in name:
+            return [name.replace(f".{whole}.", f".{part}.") for part in parts]
+    return [name]
+
+
+def _expected(parts: list[torch.Tensor | None], shape: torch.Size, rank: int, size: int) -> torch.Tensor | None:
+    """The parts, this rank's share of each, one above the other. None if no split gives the shape."""
+    found = [p for p in parts if p is not None]
+    if not found or len(found) != len(parts):
+        return None
+    for dim in (None, 0, 1):
+        if dim is None:
+            shares = found
+        elif any(p.dim() <= dim or p.shape[dim] % size for p in found):
+            continue
+        else:
+            shares = [p.chunk(size, dim)[rank] for p in found]
+        whole = torch.cat(shares) if len(shares) > 1 else shares[0]
+        padded = len(parts) == 1 and size == 1 and len(shape) == 2 and whole.shape[0] < shape[0]
+        if whole.shape == shape or (padded and whole.shape[1:] == shape[1:]):
+            return whole
+    return None

@@ -1,0 +1,234 @@
+"""The broker behind real sockets: what peers see, hostile ones included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+
+from matpo import wire
+from matpo.errors import SetupError
+
+
+def order(index: int, size: int = 1) -> wire.Order:
+    task = wire.OrderedTask(id=f"t{index}", environment="e", question="q?")
+    return wire.Order(group=f"g-{index}", index=index, group_size=size, task=task)
+
+
+def lease_of(actor: Any, num_members: int = 1) -> wire.Lease:
+    return actor.ask(wire.LeaseRequest(num_members=num_members, wait_s=5.0)).leases[0]
+
+
+GARBAGE = {
+    "no frames but an empty one": [b""],
+    "one frame": [b"x"],
+    "three frames": [b"x", b"y", b"z"],
+    "not msgpack": [b"\xc1\xff", b""],
+    "a list": [msgpack.packb([1, 2]), b""],
+    "deep nesting": [b"\x91" * 100_000, b""],
+    "wrong version": [msgpack.packb({"v": 2, "seq": 1, "kind": "stat"}), b""],
+    "unknown kind": [msgpack.packb({"v": 1, "seq": 1, "kind": "rm"}), b""],
+    "missing field": [msgpack.packb({"v": 1, "seq": 1, "kind": "lease"}), b""],
+    "huge length": [b"\xdd\xff\xff\xff\xff", b""],
+    "a reply": [msgpack.packb({"v": 1, "seq": 1, "kind": "done"}), b""],
+}
+
+
+@pytest.mark.parametrize("frames", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_is_refused_and_the_broker_goes_on(broker: Any, frames: list[bytes]) -> None:
+    stranger = broker.stranger(broker.actors)
+    stranger.socket.send_multipart(frames)
+    assert stranger.receive()[0].kind == "refused"
+    assert stranger.ask(wire.Stat()).kind == "stats"
+
+
+def test_garbage_is_counted_by_reason(broker: Any) -> None:
+    stranger = broker.stranger(broker.actors)
+    stranger.socket.send_multipart(GARBAGE["not msgpack"])
+    stranger.receive()
+    assert broker.counts()["refused_header"] == 1
+    assert broker.metrics.registry.get_sample_value("matpo_broker_refusals_total", {"reason": "header"}) == 1
+
+
+def test_a_refusal_of_another_wire_version_finds_its_request(broker: Any) -> None:
+    stranger = broker.stranger(broker.actors)
+    stranger.socket.send_multipart([msgpack.packb({"v": 2, "seq": 41, "kind": "hello"}), b""])
+    reply, _ = stranger.receive()
+    assert (reply.seq, reply.reason) == (41, "version")
+
+
+def test_a_frame_far_beyond_the_limit_cuts_that_peer_off_only(broker: Any) -> None:
+    stranger, other = broker.stranger(broker.actors), broker.actor()
+    stranger.socket.send_multipart([b"x", bytes(5 * 2**20)])
+    stranger.socket.rcvtimeo = 200
+    with pytest.raises(zmq.Again):
+        stranger.receive()
+    assert other.ask(wire.Stat()).kind == "stats"
+
+
+def test_a_payload_that_is_too_large_is_refused_with_a_message(broker: Any) -> None:
+    broker.learner(order(0))
+    actor = broker.actor()
+    reply = actor.store(lease_of(actor), bytes(100_001))
+    assert (reply.reason, "at most 100000" in reply.message) == ("payload_size", True)
+
+
+def test_a_payload_that_does_not_match_its_hash_is_refused_and_counted(broker: Any) -> None:
+    broker.learner(order(0))
+    actor = broker.actor()
+    assert actor.store(lease_of(actor), b"payload", crc32c=1).reason == "payload_hash"
+    assert broker.counts()["refused_payload_hash"] == 1
+    assert broker.counts()["episodes_stored"] == 0
+
+
+def test_a_request_before_hello_is_refused(broker: Any) -> None:
+    assert broker.stranger(broker.actors).ask(wire.LeaseRequest(num_members=1)).reason == "hello_first"
+
+
+def test_a_learner_on_the_actors_port_is_told_so(broker: Any) -> None:
+    assert broker.stranger(broker.actors).hello("learner").reason == "port"
+
+
+def test_an_actor_may_not_give_orders(broker: Any) -> None:
+    assert broker.actor().ask(wire.PlaceOrders(epoch=0, orders=[])).reason == "kind"
+
+
+def test_a_whole_group_arrives_with_every_payload_in_order(broker: Any) -> None:
+    learner, actor = broker.learner(order(0, size=3)), broker.actor()
+    leases = actor.ask(wire.LeaseRequest(num_members=3)).leases
+    for lease in reversed(leases):
+        assert actor.store(lease, b"payload %d;" % lease.member).kind == "stored"
+    ready = learner.ask(wire.Fetch(epoch=1))
+    assert [episode.episode for episode in ready.episodes] == ["g-0.0.0", "g-0.1.0", "g-0.2.0"]
+    assert learner.payload == b"payload 0;payload 1;payload 2;"
+
+
+def test_an_episode_sent_twice_is_stored_once(broker: Any) -> None:
+    broker.learner(order(0))
+    actor = broker.actor()
+    lease = lease_of(actor)
+    assert [actor.store(lease, b"x").duplicate for _ in range(2)] == [False, True]
+    assert broker.counts()["episodes_stored"] == 1
+
+
+def test_an_episode_for_a_lost_lease_is_refused(make_broker: Callable[..., Any]) -> None:
+    broker = make_broker(lease_s=0.2, heartbeat_s=0.1)
+    broker.learner(order(0))
+    slow, quick = broker.actor(), broker.actor(incarnation="i2")
+    lost = lease_of(slow)
+    again = lease_of(quick)  # parked until the first lease ends
+    assert (again.member, again.attempt) == (lost.member, 1)
+    assert slow.store(lost, b"late").reason in ("lease_lost", "hello_first")
+    assert quick.store(again, b"in time").kind == "stored"
+
+
+def test_a_parked_fetch_is_answered_as_soon_as_a_group_is_whole(broker: Any) -> None:
+    learner, actor = broker.learner(order(0)), broker.actor()
+    learner.send(wire.Fetch(epoch=1, wait_s=20.0))
+    assert actor.store(lease_of(actor), b"x").kind == "stored"
+    assert learner.receive()[0].group == "g-0"
+
+
+def test_a_parked_lease_is_answered_as_soon_as_there_are_orders(broker: Any) -> None:
+    actor = broker.actor()
+    actor.send(wire.LeaseRequest(num_members=1, wait_s=20.0))
+    broker.learner(order(0))
+    assert actor.receive()[0].leases[0].group == "g-0"
+
+
+def test_a_parked_fetch_ends_after_its_time_and_says_what_is_missing(broker: Any) -> None:
+    learner = broker.learner(order(0, size=3))
+    lease_of(broker.actor())
+    reply = learner.ask(wire.Fetch(epoch=1, wait_s=0.1))
+    assert (reply.orders_open, reply.members_open, reply.members_leased, reply.actors) == (1, 2, 1, 1)
+
+
+def test_a_lost_delivery_comes_again(broker: Any) -> None:
+    learner, actor = broker.learner(order(0), order(1)), broker.actor()
+    for lease in actor.ask(wire.LeaseRequest(num_members=2)).leases:
+        actor.store(lease, b"x")
+    groups = [learner.ask(wire.Fetch(epoch=1, received=received)).group for received in ("", "", "g-0")]
+    assert groups == ["g-0", "g-0", "g-1"]
+
+
+def test_an_older_learner_is_fenced_off(broker: Any) -> None:
+    old = broker.learner(order(0))
+    broker.learner(incarnation="i2")
+    assert old.ask(wire.Fetch(epoch=1)).reason == "fenced"
+
+
+def test_a_snapshot_notice_reaches_every_actor(broker: Any) -> None:
+    actors = [broker.actor(incarnation=f"i{i}") for i in range(2)]
+    broker.learner().ask(wire.SnapshotNotice(epoch=1, version=7))
+    assert [actor.receive()[0].version for actor in actors] == [7, 7]
+    assert broker.actor(incarnation="i3").ask(wire.Heartbeat(leases=[], policy_version=0)).snapshot_version == 7
+
+
+def test_actors_are_paused_by_credit_and_told_why(make_broker: Callable[..., Any]) -> None:
+    broker = make_broker(credit_bytes=1000)
+    learner, actor = broker.learner(order(0), order(1)), broker.actor()
+    actor.store(lease_of(actor), bytes(2000))
+    paused = actor.ask(wire.LeaseRequest(num_members=1))
+    assert (paused.leases, "credit_bytes" in paused.paused) == ([], True)
+    actor.send(wire.LeaseRequest(num_members=1, wait_s=20.0))
+    learner.ask(wire.Fetch(epoch=1))
+    assert actor.receive()[0].leases[0].group == "g-1"
+
+
+def test_a_damaged_payload_becomes_a_tombstone_and_the_other_groups_arrive(broker: Any) -> None:
+    learner, actor = broker.learner(order(0), order(1)), broker.actor()
+    for lease in actor.ask(wire.LeaseRequest(num_members=2)).leases:
+        actor.store(lease, b"payload of " + lease.group.encode())
+    (path,) = broker.folder.glob("payload-*.bin")
+    path.write_bytes(path.read_bytes().replace(b"payload of g-0", b"payload of g-X"))
+    first = learner.ask(wire.Fetch(epoch=1))
+    assert (first.group, first.dropped, first.episodes) == ("g-0", "damaged", [])
+    learner.ask(wire.Fetch(epoch=1, received="g-0"))
+    assert learner.payload == b"payload of g-1"
+
+
+def test_payload_files_are_deleted_when_the_oldest_kept_checkpoint_covers_them(make_broker: Callable[..., Any]) -> None:
+    broker = make_broker(journal_file_bytes=100)
+    learner, actor = broker.learner(*(order(i) for i in range(4))), broker.actor()
+    for lease in actor.ask(wire.LeaseRequest(num_members=4)).leases:
+        actor.store(lease, bytes(200))
+    commit = wire.Commit(epoch=1, checkpoint="c", consumed_below=4, consumed=[], oldest_kept_below=2)
+    assert learner.ask(commit).kind == "done"
+    learner.ask(wire.Stat())  # files go after the reply; the next turn is after that
+    assert len(list(broker.folder.glob("payload-*.bin"))) == 2
+
+
+def test_everything_is_there_after_a_restart(broker: Any) -> None:
+    learner, actor = broker.learner(order(0), order(1)), broker.actor()
+    first, second = actor.ask(wire.LeaseRequest(num_members=2)).leases
+    actor.store(first, b"first")
+    broker.stop()
+    broker.start()
+    actor, learner = broker.actor(), broker.stranger(broker.learners)
+    assert learner.hello("learner").epoch == 1  # the same process: the same epoch, no resume needed
+    assert actor.store(second, b"second").kind == "stored"
+    assert [learner.ask(wire.Fetch(epoch=1, received=r)).group for r in ("", "g-0")] == ["g-0", "g-1"]
+    assert learner.payload == b"second"
+
+
+def test_a_taken_port_is_a_setup_error_that_names_it(broker: Any, tmp_path: Path) -> None:
+    from matpo.metrics import Metrics
+    from matpo_broker.journal import Journal
+    from matpo_broker.ledger import Ledger, Rules
+    from matpo_broker.server import Server
+
+    metrics = Metrics("broker")
+    journal = Journal(tmp_path / "other", file_bytes=100)
+    rules = Rules(run="r", lease_s=1, max_attempts=1, credit_bytes=1)
+    ledger = Ledger(":memory:", rules, metrics, now_s=0.0)
+    server = Server(broker.settings, ledger, journal, metrics, clock=time.monotonic)
+    with pytest.raises(SetupError, match=rf"{broker.ports[0]}.*broker\.actor_port"):
+        server.bind("127.0.0.1", actor_port=broker.ports[0], learner_port=0)
+    server.close(linger_s=0)
+    ledger.close()
+    journal.close()
