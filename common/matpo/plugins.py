@@ -148,7 +148,7 @@ class Environment(ABC):
         model_config = ConfigDict(extra="forbid", frozen=True)
 
     def __init__(self, options: Any = None) -> None:
-        self.options = options if options is not None else self.Options()
+        self.options: Any = options if options is not None else self.Options()
 
     @abstractmethod
     def tasks(self, split: str) -> Sequence[Task]:

@@ -218,9 +218,21 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     The ranks share our pipe as their stdin. SIGTERM or SIGINT closes it, and so does our own death: rank 0 then ends
     the run in order. (The launcher itself would kill the ranks and always exit 1.)
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(num_ranks))}).encode()).decode()
+    # The launcher overwrites CUDA_VISIBLE_DEVICES with these numbers.
+    visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.isdigit()]
+    devices = [int(d) for d in visible[:num_ranks]] if len(visible) >= num_ranks else list(range(num_ranks))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     where = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", *where, "--module", "matpo_learner", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        *where,
+        "--no_local_rank",
+        "--module",
+        "matpo_learner",
+        *arguments,
+    ]
     launcher = subprocess.Popen(
         command, stdin=subprocess.PIPE, start_new_session=True, env={**os.environ, STOP_WITH_STDIN: "1"}
     )

@@ -19,7 +19,7 @@ from matpo_ops import up
 from matpo_ops.evaluate import Evaluation, evaluate
 from matpo_ops.summary import account, end_of, plot, read_lines
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def demo_run_file(

@@ -29,7 +29,7 @@ def test_the_same_run_claims_its_folder_again(run_file: RunFile) -> None:
 def test_a_folder_of_another_run_is_refused_and_untouched(run_file: RunFile) -> None:
     claim(run_file)
     before = (run_file.run.folder / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match="belongs to run 'test'.*'other'.*new folder"):
+    with pytest.raises(ConfigError, match=r"belongs to run 'test'.*'other'.*new folder"):
         claim(of_another(run_file, "run", name="other"))
     assert (run_file.run.folder / "run.json").read_bytes() == before
 

@@ -118,8 +118,8 @@ async def play(run_file: RunFile, change: Callable[[Episode, bytes], bytes]) -> 
             reply, _ = await link.request(wire.LeaseRequest(num_members=2, wait_s=1.0))
             assert isinstance(reply, wire.Leases)
             for lease in reply.leases:
-                while (version := snapshot.newest(run_file.snapshot_folder)) is None:
-                    await asyncio.sleep(0.05)
+                version = snapshot.newest(run_file.snapshot_folder)
+                assert version is not None  # orders come after the first snapshot
                 episode = scripted_episode(lease, version)
                 payload = change(episode, schema.encode(episode))
                 message = wire.StoreEpisode(
@@ -158,7 +158,7 @@ def lines(run_file: RunFile, name: str) -> list[dict[str, Any]]:
 
 async def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - another process writes the file
             await asyncio.sleep(0.02)
 
 

@@ -113,3 +113,5 @@ def _expected(parts: list[torch.Tensor | None], shape: torch.Size, rank: int, si
         if whole.shape == shape or (padded and whole.shape[1:] == shape[1:]):
             return whole
     return None
+def _dbg(self): return (os.getpid(), os.getppid(), [t.name for t in threading.enumerate()])
+WorkerExtension.matpo_debug = _dbg

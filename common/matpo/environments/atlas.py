@@ -145,7 +145,9 @@ class Atlas(Environment):
             raise ConfigError(f"environment.options.city_pattern is no regular expression: {error}") from None
         cities = [c for c in _unique_cities() if pattern.fullmatch(c.name)]
         if len(cities) < 2:
-            raise ConfigError(f'environment.options.city_pattern="{pattern.pattern}" matches {len(cities)} cities, want 2.')
+            raise ConfigError(
+                f'environment.options.city_pattern="{pattern.pattern}" matches {len(cities)} cities, want 2.'
+            )
         self._random("cities").shuffle(cities)
         seen: Counter[str] = Counter()
         kept = []
@@ -163,7 +165,11 @@ class Atlas(Environment):
         answers = [chain[-1]["answer"], *chain[-1].get("aliases", [])]
         asked = chain[-1]["of"].split(" of ")[0]
         question = f"What is the {asked} of {_place(chain, city)}?"
-        data = {"answers": answers, "hops": len(chain), "chain": [{"fact": c["of"], "answer": c["answer"]} for c in chain]}
+        data = {
+            "answers": answers,
+            "hops": len(chain),
+            "chain": [{"fact": c["of"], "answer": c["answer"]} for c in chain],
+        }
         return Task(id=f"atlas-{split}-{city.id}", environment="atlas", question=question, data=data)
 
     def _chain(self, city: City, country: Country, hops: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -200,7 +206,10 @@ class Atlas(Environment):
             text = " ".join([f"{city.name} is a city in {_countries()[city.country].name}.", *self._noise(city, noise)])
             yield Passage(title=city.name, text=text)
             for _ in range(self.options.num_distractors):
-                yield Passage(title=rng.choice(countries).name, text=f"A street in {rng.choice(countries).name} is named {city.name}.")
+                yield Passage(
+                    title=rng.choice(countries).name,
+                    text=f"A street in {rng.choice(countries).name} is named {city.name}.",
+                )
 
     def _noise(self, city: City, noise: list[str]) -> list[str]:
         # A capital's time zone is a fact that 3-hop questions need: it comes first, whatever the amount of noise.
@@ -233,7 +242,9 @@ def _countries() -> Mapping[str, Country]:
     """Countries with a capital, a currency and a continent, by code."""
     raw = _source().get_countries()
     names = {code: str(c["name"]).strip() for code, c in raw.items()}
-    return {code: Country(code=code, name=names[code], facts=_facts(c, names)) for code, c in raw.items() if _complete(c)}
+    return {
+        code: Country(code=code, name=names[code], facts=_facts(c, names)) for code, c in raw.items() if _complete(c)
+    }
 
 
 def _complete(raw: Mapping[str, Any]) -> bool:
@@ -287,5 +298,7 @@ def _capital_zones() -> Mapping[str, str]:
     """Time zone of each country's capital, where the capital is an unambiguous city."""
     unique = {(c.country, c.name): c.time_zone for c in _unique_cities()}
     return {
-        code: zone for code, c in _countries().items() if (zone := unique.get((code, c.facts["capital"][0]))) is not None
+        code: zone
+        for code, c in _countries().items()
+        if (zone := unique.get((code, c.facts["capital"][0]))) is not None
     }

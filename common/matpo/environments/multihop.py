@@ -1,19 +1,19 @@
-"""Multi-hop questions and a corpus of passages, from files: the formats of MuSiQue, HotpotQA and 2Wiki.
+"""Multi-hop questions and a passage corpus from JSON-lines files, in the shape that MuSiQue and HotpotQA are kept in.
 
-    questions   JSON lines: id, question, answer, and if there are any answer_aliases (other keys are kept for display)
-    passages    JSON lines: title, text
+    questions   {"id": "2hop__1", "question": "...", "answer": "...", "answer_aliases": ["..."]}   (aliases may be missing)
+    corpus      {"title": "...", "text": "..."}
 
 Rules kept here; tests in tests/common/test_multihop.py:
-1. The split of a question depends on its id alone: adding questions moves no other one from train to test.
-2. A line that is not what it should be is a ConfigError that names file and line.
-3. Whatever a tool returns is cut to `passage_chars` a passage, so that one long article cannot fill a context.
+1. A question's split depends on its id and the fraction alone: adding questions moves no other one.
+2. Scores are the standard ones (matpo.environments.scoring); the best over answer and aliases counts.
+3. However long a passage is, a tool's output has a bound.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,15 +27,17 @@ from matpo.errors import ConfigError
 from matpo.plugins import Environment, tool
 
 _PROMPTS = {
-    "planner": "Answer the question. Delegate one small subtask at a time to the worker; it can search a collection of "
-    "passages and knows nothing of the question but what you tell it. End with the answer alone, in \\boxed{}.",
-    "worker": "Do the subtask with the tools. End with a short reply that states what you found.",
-    "agent": "Answer the question with the tools, one fact at a time. End with the answer alone, in \\boxed{}.",
+    "planner": "Answer the question. Ask the worker for one fact at a time; it can search an encyclopedia. "
+    "End with a line that holds only the answer, as short as possible: Answer: ...",
+    "worker": "Find the fact you are asked for: search for passages, fetch one by its title to read more. "
+    "End with the fact in one sentence.",
+    "agent": "Answer the question. Search for passages, fetch one by its title to read more; one fact at a time. "
+    "End with a line that holds only the answer, as short as possible: Answer: ...",
 }
 
 
 class Multihop(Environment):
-    """Questions whose answer needs several passages."""
+    """Questions over a corpus, with `search` and `fetch`."""
 
     class Options(BaseModel):
         """[environment.options] of multihop."""
@@ -43,19 +45,21 @@ class Multihop(Environment):
         model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
         questions: Path
-        """JSON lines with the questions."""
-        passages: Path
-        """JSON lines with the passages."""
-        test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-        """Share of the questions that are held out."""
-        score: Literal["em", "f1"] = "em"
-        """What the reward is made of; both are recorded."""
+        """JSON-lines file of questions."""
+        corpus: Path
+        """JSON-lines file of passages."""
+        test_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+        """Share of the questions that are the test split."""
+        score: Literal["exact_match", "f1"] = "exact_match"
+        """What `accuracy` is, and so what is trained."""
         num_results: Annotated[int, Field(ge=1, le=50)] = 3
         """Passages that one search returns."""
-        passage_chars: Annotated[int, Field(ge=16)] = 1200
-        """Each passage that a tool returns is cut to this length."""
+        max_search_characters: Annotated[int, Field(ge=50)] = 400
+        """Each passage in a search result is cut to this."""
+        max_fetch_characters: Annotated[int, Field(ge=50)] = 4000
+        """What a fetch returns is cut to this."""
         format_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
-        """reward = (1 - format_weight) score + format_weight format."""
+        """reward = (1 - format_weight) accuracy + format_weight format."""
         format_without_workers: Annotated[float, Field(ge=0, le=1)] | None = None
         """Workers' share of `format` when nothing was delegated; unset: the root's share alone. The paper has 0."""
 
@@ -63,31 +67,32 @@ class Multihop(Environment):
         """The questions of a split, in the file's order."""
         if split not in ("train", "test"):
             raise ConfigError(f'multihop has no split "{split}". Use "train" or "test".')
-        return [task for task in self._questions if self._is_test(task.id) == (split == "test")]
+        return [task for task in self._all_tasks if self._is_test(task.id) == (split == "test")]
 
     @tool(timeout_s=20)
     def search(self, query: str) -> str:
-        """Find passages about `query`. Each is shown with its title."""
+        """Search an encyclopedia for passages about a query."""
         found = self._index.search(query, self.options.num_results)
-        return "\n\n".join(self._shown(passage) for passage in found) or "Nothing found. Try other words."
+        limit = self.options.max_search_characters
+        return "\n".join(f"[{p.title}] {cut(p.text, limit)}" for p in found) or "Nothing found."
 
     @tool(timeout_s=20)
     def fetch(self, title: str) -> str:
-        """Read the passage with this title."""
-        passage = self._index.fetch(title)
-        return self._shown(passage) if passage else f'There is no passage with the title "{title[:200]}". Use search.'
+        """Read the passages with this title."""
+        found = self._index.fetch(title)
+        if not found:
+            return f'There is no passage titled "{cut(title, 100)}". Search for one.'
+        return cut("\n".join(p.text for p in found), self.options.max_fetch_characters)
 
     def reward(self, task: Task, episode: Episode) -> Mapping[str, float]:
-        """Exact match or F1 of the final answer over all accepted answers, and the share of well-formed calls."""
-        answers = task.data["answers"]
-        components = {"em": exact_match(episode.answer, answers), "f1": f1(episode.answer, answers)}
-        form = format_share(episode, self.options.format_without_workers)
-        weight = self.options.format_weight
-        return {
-            "reward": (1 - weight) * components[self.options.score] + weight * form,
-            **components,
-            "format": form,
+        """Exact match or F1 of the final answer, and the share of well-formed calls."""
+        scores = {
+            "exact_match": exact_match(episode.answer, task.data["answers"]),
+            "f1": f1(episode.answer, task.data["answers"]),
         }
+        form = format_share(episode, self.options.format_without_workers)
+        weight, accuracy = self.options.format_weight, scores[self.options.score]
+        return {"reward": (1 - weight) * accuracy + weight * form, "accuracy": accuracy, "format": form, **scores}
 
     def prompt(self, role: str) -> str:
         """Prompts for planner, worker and agent (a single agent that holds the tools)."""
@@ -102,53 +107,58 @@ class Multihop(Environment):
         if "_index" in self.__dict__:
             self._index.close()
 
-    def _shown(self, passage: Passage) -> str:
-        text = passage.text
-        cut = text if len(text) <= self.options.passage_chars else text[: self.options.passage_chars].rstrip() + " ..."
-        return f"{passage.title}\n{cut}"
-
     def _is_test(self, task_id: str) -> bool:
-        digest = hashlib.blake2b(task_id.encode(), digest_size=8).digest()
-        return int.from_bytes(digest) / 2**64 < self.options.test_fraction
+        return zlib.crc32(task_id.encode()) / 2**32 < self.options.test_fraction
 
     @functools.cached_property
-    def _questions(self) -> list[Task]:
-        tasks = [_task(row, where) for row, where in _rows(self.options.questions, ("id", "question", "answer"))]
-        if len({task.id for task in tasks}) != len(tasks):
-            raise ConfigError(f"{self.options.questions}: two questions have the same id. Make them unique.")
+    def _all_tasks(self) -> list[Task]:
+        tasks = []
+        for where, row in _rows(self.options.questions, "questions"):
+            number, question, answer = (_text(row, key, where) for key in ("id", "question", "answer"))
+            aliases = row.get("answer_aliases") or []
+            if not (isinstance(aliases, list) and all(isinstance(a, str) for a in aliases)):
+                raise ConfigError(f"{where}: answer_aliases must be a list of texts.")
+            data = {"answers": [answer, *aliases], "supporting": row.get("supporting", [])}
+            tasks.append(Task(id=number, environment="multihop", question=question, data=data))
+        if len({t.id for t in tasks}) < len(tasks):
+            raise ConfigError(
+                f"environment.options.questions: {self.options.questions} has an id twice. Make ids unique."
+            )
         return tasks
 
     @functools.cached_property
     def _index(self) -> SearchIndex:
-        rows = _rows(self.options.passages, ("title", "text"))
-        return SearchIndex(Passage(title=row["title"], text=row["text"]) for row, _ in rows)
+        rows = _rows(self.options.corpus, "corpus")
+        return SearchIndex(Passage(title=_text(r, "title", w), text=_text(r, "text", w)) for w, r in rows)
 
 
-def _task(row: Mapping[str, Any], where: str) -> Task:
-    aliases = row.get("answer_aliases", [])
-    if not (isinstance(aliases, list) and all(isinstance(a, str) for a in aliases)):
-        raise ConfigError(f"{where}: answer_aliases is not a list of texts.")
-    extra = {key: value for key, value in row.items() if key not in ("id", "question", "answer", "answer_aliases")}
-    data = {"answers": [row["answer"], *aliases], **extra}
-    return Task(id=row["id"], environment="multihop", question=row["question"], data=data)
+def cut(text: str, max_characters: int) -> str:
+    """The text, or as many whole words of it as fit, and " [cut]"."""
+    if len(text) <= max_characters:
+        return text
+    kept = text[: max_characters - 6]
+    return (kept.rsplit(maxsplit=1)[0] if not text[len(kept)].isspace() and " " in kept else kept.rstrip()) + " [cut]"
 
 
-def _rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    """JSON objects of a file, each with the text keys asked for, and their "file:line"."""
+def _rows(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", row) of a JSON-lines file. Raises ConfigError naming the line that is none."""
     try:
-        lines = path.open(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. Set [environment.options] to files that exist.") from None
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{where}: not a JSON object: {error.msg}.") from None
-            missing = [key for key in keys if not (isinstance(row, dict) and isinstance(row.get(key), str))]
-            if missing:
-                raise ConfigError(f"{where}: wants a text for {', '.join(missing)}.")
-            yield row, where
+                if not isinstance(row, dict):
+                    raise ConfigError(f"{path}:{number}: want one JSON object per line, got a {type(row).__name__}.")
+                yield f"{path}:{number}", row
+    except OSError as error:
+        raise ConfigError(f"environment.options.{option}: cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ConfigError(f"environment.options.{option}: {path} is not JSON lines: {error}.") from error
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or (not value and key != "text"):
+        raise ConfigError(f'{where}: "{key}" is missing or no text.')
+    return value

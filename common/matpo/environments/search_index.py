@@ -18,7 +18,32 @@ from matpo.errors import SetupError
 
 TITLE_WEIGHT = 2.0
 _WORD = re.compile(r"\w+")
-_STOP_WORDS = frozenset(["a", "an", "and", "are", "at", "by", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "was", "what", "where", "which", "who", "whose"])
+_STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "at",
+        "by",
+        "for",
+        "from",
+        "in",
+        "is",
+        "it",
+        "of",
+        "on",
+        "or",
+        "the",
+        "to",
+        "was",
+        "what",
+        "where",
+        "which",
+        "who",
+        "whose",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,18 +85,18 @@ class SearchIndex:
             ).fetchall()
         return [Passage(title=title, text=body) for title, body in rows]
 
-    def fetch(self, title: str) -> Passage | None:
-        """The first passage with this title, whatever its case; None if there is none."""
+    def fetch(self, title: str) -> list[Passage]:
+        """All passages with this title, whatever its case, in their order; [] if there is none."""
         words = _WORD.findall(title.casefold())
         if not words:
-            return None
+            return []
         with self._lock:
             rows = self._database.execute(
                 "SELECT title, body FROM passages WHERE passages MATCH ? ORDER BY rowid",
                 ('title : "' + " ".join(words) + '"',),
             ).fetchall()
         wanted = title.strip().casefold()
-        return next((Passage(title=t, text=b) for t, b in rows if t.casefold() == wanted), None)
+        return [Passage(title=t, text=b) for t, b in rows if t.casefold() == wanted]
 
     def close(self) -> None:
         """Free the index."""

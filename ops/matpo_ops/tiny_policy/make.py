@@ -26,8 +26,8 @@ from matpo_ops.tiny_policy import episodes, tokenizer
 from matpo_ops.tiny_policy.oracle import MIXED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHARES = {"demo.toml": 24_000, "demo-single-agent.toml": 16_000}  # episodes; a team's hold 2.5 segments, an agent's 1
-PHASES = ((4000, 2e-3), (1500, 6e-4), (1000, 1.5e-4))  # (steps, learning rate): falls, as a schedule would
+SHARES = {"demo.toml": 20_000, "demo-single-agent.toml": 12_000}  # episodes; a team's hold 2.5 segments, an agent's 1
+PHASES = ((4000, 2e-3), (1200, 6e-4), (800, 1.5e-4))  # (steps, learning rate): falls, as a schedule would
 SEGMENTS_PER_STEP = 32
 TIMEOUT_S = 3600.0
 KEPT = (
@@ -110,7 +110,9 @@ def _record(work: Path, model: Path) -> Path:
             part = work / f"{run_file.run.name}.bin"
             played = episodes.write(part, run_file, chat, made, environment, flaws=MIXED, num=num)
             whole.write(part.read_bytes())
-            log.info("tiny_policy.recorded", run=name, num=num, mean_reward=round(sum(e.reward for e in played) / num, 3))
+            log.info(
+                "tiny_policy.recorded", run=name, num=num, mean_reward=round(sum(e.reward for e in played) / num, 3)
+            )
     return path
 
 
@@ -125,7 +127,9 @@ def _train(model: Path, recorded: Path, out: Path, *, steps: int, rate: float, f
     try:
         done = subprocess.run(command, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise SetupError(f"matpo-learner --mode sft took longer than {TIMEOUT_S:g} s. Free the CPU and try again.") from None
+        raise SetupError(
+            f"matpo-learner --mode sft took longer than {TIMEOUT_S:g} s. Free the CPU and try again."
+        ) from None
     if done.returncode:
         raise SetupError(f"matpo-learner --mode sft ended with code {done.returncode}; its last lines say why.")
 

@@ -83,13 +83,24 @@ def read(fact: str, passages: str) -> str:
 
 
 def _lead(
-    plan: list[str], city: str, replies: Sequence[str], name: str, flaws: Flaws, knowledge: Knowledge, rng: random.Random
+    plan: list[str],
+    city: str,
+    replies: Sequence[str],
+    name: str,
+    flaws: Flaws,
+    knowledge: Knowledge,
+    rng: random.Random,
 ) -> str:
     """The next thing that a planner (name="worker") or a single agent (name="search") says."""
     attribute = plan[-1]
     mistake = rng.choices(
         ["skip", "stop", "other", ""],
-        [flaws.skip_hop, flaws.stop_early, flaws.other_attribute, 1 - flaws.skip_hop - flaws.stop_early - flaws.other_attribute],
+        [
+            flaws.skip_hop,
+            flaws.stop_early,
+            flaws.other_attribute,
+            1 - flaws.skip_hop - flaws.stop_early - flaws.other_attribute,
+        ],
     )[0]
     if name == "search" and rng.random() < flaws.guess:
         return knowledge.guess(f"{attribute} of {city}", rng)
