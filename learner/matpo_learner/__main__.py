@@ -48,6 +48,8 @@ def learner(
             raise ConfigError(
                 "--resume and --fresh exclude each other. Leave both out to resume if there is a checkpoint."
             )
+        if mode is Mode.sft and (episodes is None or out is None):
+            raise ConfigError("--mode sft needs --episodes FILE and --out FOLDER.")
         settings = load_run_file(run_file, set_ or [])
         rank = int(os.environ.get("RANK", "0"))
         logs.configure(settings.log, process="learner" if settings.learner.num_ranks == 1 else f"learner-{rank}")
@@ -59,8 +61,8 @@ def learner(
         if mode is Mode.rl:
             process.train(settings, "resume" if resume else "fresh" if fresh else "auto")
             return
-        if episodes is None or out is None:
-            raise ConfigError("--mode sft needs --episodes FILE and --out FOLDER.")
+        assert episodes is not None
+        assert out is not None
         sft.run(
             settings,
             sft.SftOptions(

@@ -108,6 +108,23 @@ def tiny_policy(
     make(out)
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="A benchmark, or all.")] = "all",
+    sets: Sets = None,
+) -> None:
+    """Measure against a peer in the same run; one JSON line each (docs/benchmarks.md)."""
+    from matpo_ops.bench import BENCHMARKS
+    from matpo_ops.demo import CONFIGS
+
+    if name != "all" and name not in BENCHMARKS:
+        raise ConfigError(f'no benchmark "{name}". Known: all, {", ".join(BENCHMARKS)}.')
+    run_file = load_run_file(CONFIGS / "demo.toml", sets or [])
+    logs.configure(LogSettings(level="warning"), process="bench")
+    for each in BENCHMARKS if name == "all" else [name]:
+        print(f"bench {each}: " + json.dumps(BENCHMARKS[each](run_file)), flush=True)
+
+
 def _load(run_path: Path, sets: list[str] | None) -> RunFile:
     run_file = load_run_file(run_path, sets or [])
     logs.configure(run_file.log, process="matpo")

@@ -53,9 +53,7 @@ class World:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model, self.metrics = folder, model, Metrics("actor")
         self.engine = LoadsAnything()
-        self.follower = Follower(
-            folder, self.engine, snapshot.fingerprint(model), poll_s=POLL_S, metrics=self.metrics
-        )
+        self.follower = Follower(folder, self.engine, snapshot.fingerprint(model), poll_s=POLL_S, metrics=self.metrics)
 
     def publish(self, version: int, *, epoch: int = 0, model: Path | None = None) -> Path:
         source = model or self.model
@@ -135,7 +133,8 @@ def lose_the_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"), [(tear, "torn"), (flip_a_bit, "hash"), (lose_the_manifest, "missing"), (shutil.rmtree, "missing")]
+    ("damage", "reason"),
+    [(tear, "torn"), (flip_a_bit, "hash"), (lose_the_manifest, "missing"), (shutil.rmtree, "missing")],
 )
 async def test_a_damaged_snapshot_keeps_the_old_weights_and_is_counted(world: World, damage, reason: str) -> None:
     world.publish(0)

@@ -70,7 +70,7 @@ def test_every_link_of_a_chain_can_be_found_by_searching_for_it(easy):
 
 
 def test_three_hop_chains_can_be_found_among_noise(full):
-    chains = [link for task in full.tasks("test") if task.data["hops"] == 3 for link in task.data["chain"]]
+    chains = [link for task in full.tasks("test")[:40] if task.data["hops"] == 3 for link in task.data["chain"]]
     missing = [link for link in chains if link["answer"] not in full.search(query=link["fact"])]
     assert chains
     assert len(missing) <= 0.1 * len(chains)

@@ -53,7 +53,7 @@ def episode(task, answer, segments=None):
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [("The Sol.", "sol"), ("  A  B,c ", "b c"), ("An apple-pie", "applepie"), ("theatre", "theatre")],
+    [("The Sol.", "sol"), ("  A  B, c ", "b c"), ("An apple-pie", "applepie"), ("theatre", "theatre")],
 )
 def test_normalisation_is_the_one_of_squad(given, wanted):
     assert normalise(given) == wanted

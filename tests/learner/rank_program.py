@@ -2,7 +2,8 @@
 
     rank_program.py MODEL EPISODES OUT
 
-Writes OUT/stage{n}.safetensors (weights after the updates), .json (reports) and a checkpoint folder per stage.
+Writes OUT/stage{n}.safetensors (weights after the updates), .json (reports) and a checkpoint per stage, and loads
+each checkpoint again on both ranks; exits 1 when a weight comes back changed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
 from matpo.episode import Group
@@ -39,6 +41,11 @@ def main(model: Path, episodes_file: Path, out: Path) -> None:
         folder = out / f"checkpoint{stage}"
         folder.mkdir(exist_ok=True)
         engine.save(folder)
+        loaded = LearnerEngine(model, run)
+        loaded.load(folder)
+        for name, whole in loaded.tensors():
+            if not torch.equal(whole, tensors[name]):
+                raise SystemExit(f"stage {stage}, rank {engine.rank}: {name} came back changed")
         text = engine.broadcast_bytes(b"\x00hello" if engine.rank == 0 else None)
         if engine.rank == 1:
             (out / f"heard{stage}").write_bytes(text)

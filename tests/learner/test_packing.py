@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from matpo.errors import EpisodeError
 from matpo.settings import LearnerSettings
 from matpo_learner.packing import fill_bins, pack_sft, pack_update
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "two_episodes.json").read_text())
 SEEDS = st.integers(0, 10_000)
 
 
@@ -100,6 +103,23 @@ def test_each_sampled_token_of_each_segment_carries_exactly_its_episode_s_advant
         {a: e.num_sampled for a, e in zip(_advantages(groups)[0], groups[0].episodes, strict=True) if e.num_sampled}
     )
     assert found == want
+
+
+def test_two_episodes_pack_to_the_weights_and_advantages_worked_by_hand(make_segment, make_episode):
+    team = [
+        make_segment(0, "planner", token_ids=[1, 2, 3, 4], sampled=[1, 2, 3]),
+        make_segment(1, "worker", token_ids=[1, 5], sampled=[1]),
+        make_segment(2, "worker", token_ids=[1, 6, 7], sampled=[1, 2]),
+    ]
+    alone = [make_segment(0, "planner", token_ids=[1, 8, 9], sampled=[1, 2])]
+    group = Group(id="g", episodes=[make_episode("g", 0, team, 1.0), make_episode("g", 1, alone, 0.0)])
+    ((row,),) = pack_update([group], [np.array(GOLDEN["advantages"])], _settings(), version=0)
+    found = sorted(zip(row.target_ids.tolist(), row.weights.tolist(), row.advantages.tolist(), strict=True))
+    tokens = zip([2, 3, 4, 5, 6, 7, 8, 9], GOLDEN["tokens"], strict=True)
+    for (token, weight, advantage), (want_token, row_of) in zip(found, tokens, strict=True):
+        assert token == want_token
+        assert weight == pytest.approx(GOLDEN["weights"][row_of["episode"]], abs=1e-7)
+        assert advantage == pytest.approx(GOLDEN["advantages"][row_of["episode"]], abs=1e-6)
 
 
 def test_worker_token_without_a_planner_token_at_its_index_is_trained(make_segment, make_episode):

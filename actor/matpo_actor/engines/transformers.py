@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.cache_utils import Cache, DynamicLayer
 
 from matpo import logs
@@ -38,11 +38,15 @@ from matpo.errors import ConfigError, InfraError, SetupError, SnapshotError
 from matpo.settings import RunFile
 from matpo_actor.engines.base import Sampled
 
-PREFILL_TOKENS = 1024  # padded tokens of one prefill: bounds its memory, and lets later rows reuse what earlier ones made
+PREFILL_TOKENS = (
+    1024  # padded tokens of one prefill: bounds its memory, and lets later rows reuse what earlier ones made
+)
 BLOCK_TOKENS = 128  # the table's length grows by this
 IDLE_S = 1.0
 ATTENTION = "matpo_grouped"
-SMALL_MODEL = 50_000_000  # below this a second thread costs more than it brings, ten times as much beside other processes
+SMALL_MODEL = (
+    50_000_000  # below this a second thread costs more than it brings, ten times as much beside other processes
+)
 
 log = logs.get()
 
@@ -186,7 +190,10 @@ class Table:
             both, other, n = [a, b], [b, a], int((self.ids[[a, b]] >= 0).sum(1).max())
             for layer in self.layers:
                 if layer.is_initialized:
-                    layer.keys[both, :, :n], layer.values[both, :, :n] = layer.keys[other, :, :n], layer.values[other, :, :n]
+                    layer.keys[both, :, :n], layer.values[both, :, :n] = (
+                        layer.keys[other, :, :n],
+                        layer.values[other, :, :n],
+                    )
             self.ids[both], self.used[both] = self.ids[other], self.used[other]
 
     def prepare(self, row: int, tokens: Sequence[int]) -> int:
@@ -320,7 +327,9 @@ class TransformersEngine:
             log.error("engine.broken", engine="transformers", error=self._broken)
         for item in [*self._batch, *self._waiting, *iter_queue(self._inbox)]:
             if item is not None and item.answer.set_running_or_notify_cancel():
-                item.answer.set_exception(InfraError(f"the transformers engine stopped: {self._broken}", reason="engine"))
+                item.answer.set_exception(
+                    InfraError(f"the transformers engine stopped: {self._broken}", reason="engine")
+                )
 
     def _take(self) -> bool:
         """Take what has arrived, wait if there is nothing to do. False: close."""
@@ -432,7 +441,7 @@ def read_tensors(folder: Path, slots: dict[str, torch.Tensor]) -> dict[str, torc
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, ValueError, RuntimeError) as error:  # safetensors' own error is a ValueError or RuntimeError
+    except (OSError, SafetensorError) as error:
         raise SnapshotError(f"snapshot {folder} cannot be read: {error}", reason="torn") from error
     problems = [f"{name}: missing" for name in slots.keys() - tensors.keys()]
     problems += [f"{name}: not in the model" for name in tensors.keys() - slots.keys()]
@@ -468,12 +477,16 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
         model.to(device)
     except (OSError, ValueError, RuntimeError) as error:
-        raise SetupError(f"cannot load the model in {folder} on {device}: {error}. Check [model] and actor.device.") from error
+        raise SetupError(
+            f"cannot load the model in {folder} on {device}: {error}. Check [model] and actor.device."
+        ) from error
     config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or []) | ({"sliding"} if getattr(config, "sliding_window", 0) else set())
+    layer_types = set(getattr(config, "layer_types", None) or []) | (
+        {"sliding"} if getattr(config, "sliding_window", 0) else set()
+    )
     if layer_types - {"full_attention"}:
         raise SetupError(
-            f'the transformers engine knows full attention only, and {folder} has {", ".join(sorted(layer_types))}. '
+            f"the transformers engine knows full attention only, and {folder} has {', '.join(sorted(layer_types))}. "
             'Set actor.engine = "vllm".'
         )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -15,16 +15,17 @@ same cores), 1 GiB of keys and values, no compilation. [actor.vllm] overrides an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from matpo import logs, snapshot
@@ -44,6 +45,8 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: E402
 
+ACTOR_PID = "MATPO_ACTOR_PID"  # see vllm_worker, which is imported in vLLM's processes only
+CLOSE_S = 3.0
 LOAD_S = 600.0  # a load that takes longer is a broken engine
 KV_CACHE_BYTES = 1 << 30  # on a CPU
 BROKEN = (EngineDeadError, EngineGenerateError)
@@ -97,7 +100,8 @@ class VllmEngine:
         try:
             args = AsyncEngineArgs(**self._engine_arguments(folder))
             config = await asyncio.to_thread(args.create_engine_config)
-            llm = self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            with _environment(self._child_environment()):
+                llm = self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             await llm.update_weight_version(str(self.version))
         except (RuntimeError, ValueError, TypeError, OSError) as error:  # pydantic's are ValueErrors
             raise SetupError(f"vLLM does not start: {error}. Check [actor.vllm] and the log above.") from error
@@ -147,7 +151,9 @@ class VllmEngine:
                 async with asyncio.timeout(LOAD_S):
                     await self._swap(folder, version)
             except (*BROKEN, TimeoutError, RuntimeError) as error:
-                raise InfraError(f"vLLM failed to load snapshot v{version}: {error!r}. Start the engine again.") from error
+                raise InfraError(
+                    f"vLLM failed to load snapshot v{version}: {error!r}. Start the engine again."
+                ) from error
             self._open.set()
             return time.monotonic() - began
 
@@ -159,7 +165,9 @@ class VllmEngine:
             if different:
                 raise RuntimeError(f"read back, {len(different)} tensors differ from the snapshot: {different[:3]}")
             if unknown and self.version < 0:
-                log.warning("engine.not_compared", tensors=unknown[:3], num_tensors=len(unknown), why="vLLM repacked them")
+                log.warning(
+                    "engine.not_compared", tensors=unknown[:3], num_tensors=len(unknown), why="vLLM repacked them"
+                )
         await llm.update_weight_version(str(version))
         if self._recompute and not await llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("keys and values of the old weights could not be dropped")
@@ -170,7 +178,9 @@ class VllmEngine:
         """End vLLM's processes."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+            if llm.output_handler is not None:  # or it logs that the engine is dead
+                llm.output_handler.cancel()
+            await asyncio.to_thread(llm.shutdown, CLOSE_S)
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -183,11 +193,18 @@ class VllmEngine:
             "generation_config": "vllm",
             "worker_extension_cls": "matpo_actor.engines.vllm_worker.WorkerExtension",
             "enable_log_requests": False,
+            "use_tqdm_on_load": False,
         }
         if current_platform.is_cpu():
-            os.environ.setdefault("OMP_NUM_THREADS", str(self._num_threads or 1))
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
         return arguments | self._arguments
+
+    def _child_environment(self) -> dict[str, str]:
+        child = {ACTOR_PID: str(os.getpid()), "PYTHONWARNINGS": "ignore"}
+        if current_platform.is_cpu():
+            # Without compilation vLLM still compiles a few small functions: seconds, at the first request.
+            child |= {"OMP_NUM_THREADS": str(self._num_threads or 1), "TORCH_COMPILE_DISABLE": "1"}
+        return child
 
     def _start_folder(self) -> Path:
         """The newest good snapshot, or the model folder, in either case with an LM head of its own."""
@@ -223,6 +240,18 @@ class VllmEngine:
         return self._llm
 
 
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables for the processes that are started inside; what is set already wins."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 def _sampled(output: Any) -> Sampled:
     """vLLM's CompletionOutput as ours."""
     if output.finish_reason not in ("stop", "length"):
@@ -231,7 +260,8 @@ def _sampled(output: Any) -> Sampled:
     versions = [int(span.version) for span in output.weight_versions or () for _ in range(span.start, span.end)]
     if len(versions) != len(tokens) or len(output.logprobs) != len(tokens):
         raise InfraError(
-            f"vLLM gave {len(tokens)} tokens, {len(output.logprobs)} log-probs, {len(versions)} versions", reason="engine"
+            f"vLLM gave {len(tokens)} tokens, {len(output.logprobs)} log-probs, {len(versions)} versions",
+            reason="engine",
         )
     logprobs = [float(step[token].logprob) for token, step in zip(tokens, output.logprobs, strict=True)]
     return Sampled(token_ids=tokens, logprobs=logprobs, versions=versions, finish=output.finish_reason)
@@ -244,7 +274,7 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 shapes |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise SnapshotError(f"snapshot {folder} cannot be read: {error}", reason="torn") from error
     return shapes
 

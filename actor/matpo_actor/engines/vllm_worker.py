@@ -1,30 +1,46 @@
 """What runs inside vLLM's own processes: read weights back after a load, and die with the actor.
 
-vLLM imports this module by name (`worker_extension_cls`) in each process that holds a worker, and nowhere else does
-anything import it. So the import itself starts the watch on the parent: it covers the start-up as well.
+vLLM imports this module by name (`worker_extension_cls`) in each worker process, and nothing else does. The import
+itself starts the watch on the actor, so it covers most of the start-up. Seen with vLLM 0.32: after kill -9 of the actor
+its EngineCore process lives on for ever, and so does the worker under it.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 
+ACTOR_PID = "MATPO_ACTOR_PID"  # in the environment of vLLM's processes
 WATCH_S = 0.5
 
 
-def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCH_S)
+def _die_with(actor: int) -> None:
+    """End this process, and EngineCore if it stands between the actor and us, as soon as the actor is gone."""
+    parent = multiprocessing.parent_process()
+    try:
+        process = psutil.Process(actor)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(WATCH_S)
+    except psutil.NoSuchProcess:
+        pass
+    try:
+        if parent is not None and parent.pid not in (None, actor):
+            psutil.Process(parent.pid).kill()
+    except psutil.NoSuchProcess:
+        pass
     os._exit(1)  # nothing to save; an orderly end would wait for a peer that is gone
 
 
-threading.Thread(target=_die_with, args=(os.getppid(),), name="matpo-parent-watch", daemon=True).start()
+if ACTOR_PID in os.environ:
+    threading.Thread(target=_die_with, args=(int(os.environ[ACTOR_PID]),), name="matpo-watch", daemon=True).start()
 
 
 class WorkerExtension:
@@ -113,5 +129,3 @@ def _expected(parts: list[torch.Tensor | None], shape: torch.Size, rank: int, si
         if whole.shape == shape or (padded and whole.shape[1:] == shape[1:]):
             return whole
     return None
-def _dbg(self): return (os.getpid(), os.getppid(), [t.name for t in threading.enumerate()])
-WorkerExtension.matpo_debug = _dbg

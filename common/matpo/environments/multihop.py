@@ -1,6 +1,6 @@
 """Multi-hop questions and a passage corpus from JSON-lines files, in the shape that MuSiQue and HotpotQA are kept in.
 
-    questions   {"id": "2hop__1", "question": "...", "answer": "...", "answer_aliases": ["..."]}   (aliases may be missing)
+    questions   {"id": "2hop__1", "question": "...", "answer": "...", "answer_aliases": ["..."]}   (aliases: optional)
     corpus      {"title": "...", "text": "..."}
 
 Rules kept here; tests in tests/common/test_multihop.py:
@@ -108,7 +108,7 @@ class Multihop(Environment):
             self._index.close()
 
     def _is_test(self, task_id: str) -> bool:
-        return zlib.crc32(task_id.encode()) / 2**32 < self.options.test_fraction
+        return bool(zlib.crc32(task_id.encode()) / 2**32 < self.options.test_fraction)
 
     @functools.cached_property
     def _all_tasks(self) -> list[Task]:

@@ -51,7 +51,7 @@ def marked_answer(text: str) -> str:
     if not marks:
         return text.strip()
     boxed, line = marks[-1]
-    return (boxed or line).strip()
+    return str(boxed or line).strip()
 
 
 def format_share(episode: Episode, without_workers: float | None) -> float:

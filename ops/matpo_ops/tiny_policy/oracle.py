@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Policy = Callable[[str], str]
@@ -37,7 +37,7 @@ MIXED = Flaws(skip_hop=0.2, stop_early=0.3, other_attribute=0.25, guess=0.25)
 class Knowledge:
     """What a guess is drawn from: attribute -> plausible values."""
 
-    values: dict[str, Sequence[str]]
+    values: Mapping[str, Sequence[str]]
 
     def guess(self, fact: str, rng: random.Random) -> str:
         """A plausible value for a fact such as "currency of Peru"."""

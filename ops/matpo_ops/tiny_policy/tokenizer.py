@@ -22,9 +22,12 @@ _PIECES = r"""\{"name": "\w+", "arguments": \{"\w+": "|"\}\}|\p{Lu}[\p{L}\p{M}]*
 
 # One token opens a message, one ends it. Tools are listed by name: schemas would be longer than the whole episode.
 CHAT_TEMPLATE = """\
-{%- macro names() -%}{%- for t in tools %}{{ (t.function if t.function is defined else t).name }}{{ ', ' if not loop.last }}\
-{%- endfor %}{%- endmacro -%}
-{%- if tools and (not messages or messages[0].role != 'system') %}{{- '<|system|>Tools: ' + names() + '<|im_end|>' }}{% endif -%}
+{%- macro names() -%}
+{%- for t in tools %}{{ (t.function if t.function is defined else t).name }}{{ ', ' if not loop.last }}{%- endfor %}
+{%- endmacro -%}
+{%- if tools and (not messages or messages[0].role != 'system') %}
+{{- '<|system|>Tools: ' + names() + '<|im_end|>' }}
+{%- endif -%}
 {%- for m in messages %}
 {{- '<|' + m.role + '|>' + (m.content or '') }}
 {%- if m.role == 'system' and loop.first and tools %}{{- ' Tools: ' + names() }}{% endif %}
