@@ -3,13 +3,14 @@
 Rules kept here; each has a test in tests/actor/test_follower.py:
 1. Nothing is loaded that matpo.snapshot.verify has not accepted; whatever is wrong, the old weights stay.
 2. Versions only rise, and the learner epoch never falls. Versions in between are skipped.
-3. A snapshot that was refused is counted by reason, logged once, and tried again with growing waits; a newer one at once.
+3. A refused snapshot is counted by reason, logged once, and tried again with growing waits; a newer one at once.
 4. A notice saves a poll; nothing depends on it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -114,8 +115,6 @@ class Follower:
         self._refused = (version, error.reason)
 
     async def _sleep(self, seconds: float) -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._noticed.wait(), seconds)
-        except TimeoutError:
-            pass
         self._noticed.clear()

@@ -19,7 +19,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from matpo import logs, wire
+from matpo import logs, run_folder, wire
 from matpo.episode import Episode
 from matpo.errors import ConfigError, InfraError, MatpoError, ProtocolError, RefusedError, SetupError, TryAgainError
 from matpo.link import Link
@@ -47,6 +47,8 @@ async def run(run_file: RunFile, *, name: str | None = None) -> None:
     """Play until drained. Raises what ended the process early; what was finished has been sent then, if possible."""
     drain = Drain()
     drain.listen()
+    if (run_file.run.folder / run_folder.NAME).exists():  # its snapshots are followed: it has to be this run's
+        run_folder.claim(run_file)
     metrics = Metrics("actor")
     if run_file.metrics.actor_port:
         metrics.serve(run_file.metrics.host, run_file.metrics.actor_port)

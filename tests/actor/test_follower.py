@@ -2,19 +2,19 @@
 
 import asyncio
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import structlog.testing
 import torch
+from safetensors.torch import load_file
+
 from matpo import snapshot
 from matpo.errors import SnapshotError, TryAgainError
 from matpo.metrics import Metrics
 from matpo.testing import tiny_model
 from matpo_actor.engines.base import Sampled
 from matpo_actor.follower import Follower
-from safetensors.torch import load_file
 
 POLL_S = 0.01
 
@@ -72,8 +72,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, model: Path) -> Iterator[World]:
-    yield World(tmp_path / "snapshots", model)
+def world(tmp_path: Path, model: Path) -> World:
+    return World(tmp_path / "snapshots", model)
 
 
 async def test_first_waits_for_the_first_snapshot_and_says_which_folder(world: World) -> None:

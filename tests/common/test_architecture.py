@@ -27,7 +27,7 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("library", "adapters"),
     [
-        ("vllm", {"actor/matpo_actor/engines/vllm.py"}),
+        ("vllm", {"actor/matpo_actor/engines/vllm.py", "actor/matpo_actor/engines/vllm_worker.py"}),
         ("deepspeed", {"learner/matpo_learner/deepspeed_engine.py"}),
         ("pickle", set()),
         ("cloudpickle", set()),

@@ -131,6 +131,16 @@ def test_each_zero_stage_gives_the_update_of_plain_training(engine, groups, stag
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_first_adamw_step_has_the_size_of_the_rate(engine, groups, stage):
+    """Rate * sign(gradient), by bias correction. With a step counted before the first it would be 0.73 of that."""
+    trained = engine(zero_stage=stage)
+    before = _weights(trained)
+    trained.step(_plan(trained, groups))
+    moved = max(float((tensor - before[name]).abs().max()) for name, tensor in trained.tensors())
+    assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumed_engine_continues_exactly(engine, groups, tmp_path, stage):
     first = engine(zero_stage=stage, warmup_updates=4)
     first.step(_plan(first, groups))

@@ -8,8 +8,8 @@ Rules kept here; each has a test in tests/actor/test_vllm_engine.py:
 4. The prefix cache is salted with the version, so blocks of older weights never serve a new request.
 5. vLLM's processes end with this one, also after kill -9 (matpo_actor.engines.vllm_worker).
 
-On a CPU the defaults are small and quiet: one OpenMP thread without binding (two actors on one machine would bind to the
-same cores), 1 GiB of keys and values, no compilation. [actor.vllm] overrides any of them.
+On a CPU the defaults are small and quiet: one OpenMP thread without binding (two actors on one machine would bind to
+the same cores), 1 GiB of keys and values, no compilation. [actor.vllm] overrides any of them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # an actor has threads: a fork could inherit a held lock
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.sampling_params import RequestOutputKind  # noqa: E402
-from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: E402
+from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 ACTOR_PID = "MATPO_ACTOR_PID"  # see vllm_worker, which is imported in vLLM's processes only
 CLOSE_S = 3.0

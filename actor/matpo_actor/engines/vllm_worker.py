@@ -7,6 +7,7 @@ its EngineCore process lives on for ever, and so does the worker under it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -59,12 +60,18 @@ class WorkerExtension:
         model = self.model_runner.get_model()
         fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         different, unknown = [], []
-        with _Tensors(folder) as tensors:
+        with contextlib.ExitStack() as stack:
+            files = [
+                stack.enter_context(safe_open(p, framework="pt")) for p in sorted(Path(folder).glob("*.safetensors"))
+            ]
+            where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
             for name, weight in model.named_parameters():
+                sources = _sources(name, fused)
+                parts = [where[n].get_tensor(n) for n in sources if n in where]
                 layer = model.get_submodule(name.rpartition(".")[0])
                 repacked = weight.numel() == 0 and hasattr(layer, "output_size_per_partition")
                 shape = (layer.output_size_per_partition, layer.input_size_per_partition) if repacked else weight.shape
-                expected = _expected([tensors.get(n) for n in _sources(name, fused)], torch.Size(shape), rank, size)
+                expected = _expected(parts, torch.Size(shape), rank, size) if len(parts) == len(sources) else None
                 if expected is None:
                     unknown.append(name)
                 elif not (_acts_as(layer, expected) if repacked else _equals(weight, expected)):
@@ -73,7 +80,7 @@ class WorkerExtension:
 
 
 def _equals(weight: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.equal(weight[: len(expected)], expected.to(weight.device, weight.dtype))
+    return bool(torch.equal(weight[: len(expected)], expected.to(weight.device, weight.dtype)))
 
 
 def _acts_as(layer: Any, expected: torch.Tensor) -> bool:
@@ -85,25 +92,6 @@ def _acts_as(layer: Any, expected: torch.Tensor) -> bool:
     return bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
-class _Tensors:
-    """A snapshot's tensors by name, read one at a time."""
-
-    def __init__(self, folder: str) -> None:
-        self._files = [safe_open(path, framework="pt") for path in sorted(Path(folder).glob("*.safetensors"))]
-
-    def __enter__(self) -> _Tensors:
-        self._where = {name: f for file in self._files for f in [file.__enter__()] for name in f.keys()}  # noqa: SIM118
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._files:
-            file.__exit__(*error)
-
-    def get(self, name: str) -> torch.Tensor | None:
-        file = self._where.get(name)
-        return None if file is None else file.get_tensor(name)
-
-
 def _sources(name: str, fused: dict[str, list[str]]) -> list[str]:
     """Names in the snapshot of what one of vLLM's parameters is made of, in order."""
     for whole, parts in fused.items():
@@ -112,20 +100,17 @@ def _sources(name: str, fused: dict[str, list[str]]) -> list[str]:
     return [name]
 
 
-def _expected(parts: list[torch.Tensor | None], shape: torch.Size, rank: int, size: int) -> torch.Tensor | None:
+def _expected(parts: list[torch.Tensor], shape: torch.Size, rank: int, size: int) -> torch.Tensor | None:
     """The parts, this rank's share of each, one above the other. None if no split gives the shape."""
-    found = [p for p in parts if p is not None]
-    if not found or len(found) != len(parts):
-        return None
     for dim in (None, 0, 1):
         if dim is None:
-            shares = found
-        elif any(p.dim() <= dim or p.shape[dim] % size for p in found):
+            shares = parts
+        elif any(p.dim() <= dim or p.shape[dim] % size for p in parts):
             continue
         else:
-            shares = [p.chunk(size, dim)[rank] for p in found]
+            shares = [p.chunk(size, dim)[rank] for p in parts]
         whole = torch.cat(shares) if len(shares) > 1 else shares[0]
-        padded = len(parts) == 1 and size == 1 and len(shape) == 2 and whole.shape[0] < shape[0]
-        if whole.shape == shape or (padded and whole.shape[1:] == shape[1:]):
+        is_padded = len(parts) == 1 and size == 1 and len(shape) == 2 and whole.shape[0] < shape[0]
+        if whole.shape == shape or (is_padded and whole.shape[1:] == shape[1:]):
             return whole
     return None
