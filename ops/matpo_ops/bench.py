@@ -79,7 +79,7 @@ def _generate_of(folder: Path, num_threads: int) -> Callable[[list[list[int]]], 
                 max_new_tokens=NEW_TOKENS,
                 pad_token_id=0,
             )
-        return (out.numel() - ids.numel()) / (time.perf_counter() - began_s)
+        return float(out.numel() - ids.numel()) / (time.perf_counter() - began_s)
 
     return generate
 

@@ -1,11 +1,9 @@
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
-from matpo.environments.atlas import Atlas
 from matpo.episode import Episode, Task
 from matpo.errors import ConfigError
 from matpo.plugins import load_environment
@@ -123,12 +121,3 @@ def test_an_unknown_split_is_refused(easy):
 def test_a_city_pattern_that_cannot_work_is_refused(options):
     with pytest.raises(ConfigError, match="city_pattern"):
         load_environment("atlas", None, options).tasks("train")
-
-
-def test_the_index_is_ready_in_two_seconds():
-    environment = Atlas()
-    environment.tasks("test")  # loads the facts
-    began = time.process_time()
-    environment.search(query="Cusco")
-    assert time.process_time() - began < 2.0
-    environment.close()

@@ -1,4 +1,4 @@
-"""vLLM on a real GPU, in bfloat16: versions are stamped exactly, and log-probs agree with a float32 re-score to rounding."""
+"""vLLM on a real GPU, in bfloat16: versions are exact, and log-probs agree with a float32 re-score to rounding."""
 
 import asyncio
 import random
@@ -16,7 +16,7 @@ from matpo.testing import tiny_model
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("vllm", reason="vLLM is not installed")
-from matpo_actor.engines.vllm import VllmEngine  # noqa: E402 - only where vLLM is there
+from matpo_actor.engines.vllm import VllmEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.processes, pytest.mark.timeout(600)]
 VOCABULARY = 264

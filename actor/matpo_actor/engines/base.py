@@ -33,7 +33,7 @@ class Engine(Protocol):
     async def generate(
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop_ids: Collection[int], seed: int | None = None
     ) -> Sampled:
-        """Sample one turn. Cancelling the task frees what the request holds. Raises InfraError when the engine broke."""
+        """Sample one turn. Cancelling the task frees what the request holds. Raises InfraError if the engine broke."""
 
     async def load(self, folder: Path, version: int) -> float:
         """Load a snapshot that matpo.snapshot.verify has accepted, requests in flight carried on.

@@ -101,7 +101,9 @@ class VllmEngine:
             args = AsyncEngineArgs(**self._engine_arguments(folder))
             config = await asyncio.to_thread(args.create_engine_config)
             with _environment(self._child_environment()):
-                llm = self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+                # In a thread: it takes long, and this loop has heartbeats and signals to look after.
+                llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config, disable_log_stats=True)
+            self._llm = llm
             await llm.update_weight_version(str(self.version))
         except (RuntimeError, ValueError, TypeError, OSError) as error:  # pydantic's are ValueErrors
             raise SetupError(f"vLLM does not start: {error}. Check [actor.vllm] and the log above.") from error
