@@ -54,6 +54,16 @@ def test_the_demo_run_file_trains_planner_and_workers(tmp_path: Path) -> None:
     assert account(folder).episodes_lost == 0
 
 
+@pytest.mark.vllm
+def test_the_demo_run_file_trains_with_real_vllm_actors(tmp_path: Path) -> None:
+    folder = play(CONFIGS / "demo.toml", tmp_path / "run", 'actor.engine="vllm"', "learner.num_updates=3")
+    updates = list(read_lines(folder / "metrics" / "learner.jsonl"))
+    assert [u["update"] for u in updates] == [1, 2, 3]
+    assert updates[0]["kl"] < 1e-3, "at lag 0 the actor's log-probs are the learner's"
+    found = account(folder)
+    assert (found.episodes_lost, found.episodes_twice) == (0, 0)
+
+
 def test_the_single_agent_run_file_trains_one_role_with_grpo(tmp_path: Path) -> None:
     folder = play(CONFIGS / "demo-single-agent.toml", tmp_path / "run", "learner.num_updates=3")
     assert len(roles_seen(folder)) == 1

@@ -336,6 +336,7 @@ def iter_queue(inbox: queue.SimpleQueue[Row | Load | None]) -> list[Row | Load |
 
 def _load_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
     transformers.AttentionInterface.register(ATTENTION, grouped_attention)
+    transformers.utils.logging.disable_progress_bar()  # our own logs say what is loaded
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
         model.to(device)
