@@ -52,7 +52,7 @@ class ModelSettings(Section):
     """[model]: the policy that is trained."""
 
     path: str = BUILTIN_TINY
-    """A folder that transformers can load, or "builtin:tiny" for the shipped 1M-parameter policy."""
+    """A folder that transformers can load, or "builtin:tiny" for the shipped 0.7M-parameter policy."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights that actors serve. The learner's master weights are float32."""
 

@@ -50,14 +50,15 @@ def write(
     path: Path, run_file: RunFile, chat: Chat, tokenizer: Any, environment: Environment, *, flaws: Flaws, num: int
 ) -> list[Episode]:
     """Play `num` episodes of random training tasks and write them. The same every time for the same arguments."""
-    episodes = asyncio.run(_play_all(run_file, chat, tokenizer, environment, flaws=flaws, num=num))
+    episodes = asyncio.run(play_all(run_file, chat, tokenizer, environment, flaws=flaws, num=num))
     schema.write_episodes(path, episodes)
     return episodes
 
 
-async def _play_all(
+async def play_all(
     run_file: RunFile, chat: Chat, tokenizer: Any, environment: Environment, *, flaws: Flaws, num: int
 ) -> list[Episode]:
+    """Play `num` episodes of random training tasks, one after the other."""
     tasks = environment.tasks("train")
     known = knowledge(tasks)
     rng = random.Random(f"tiny policy {run_file.run.seed} {run_file.run.name}")
