@@ -90,15 +90,19 @@ def prompts(num: int) -> list[list[int]]:
 
 async def test_recorded_logprobs_equal_a_rescore_across_an_update_in_the_middle_of_a_turn(world: World) -> None:
     asked = prompts(16)
-    old = world.engine.version
-    tasks = [asyncio.create_task(world.engine.generate(p, max_tokens=600, stop_ids=[])) for p in asked]
-    await asyncio.sleep(0.3)
-    await world.update()
-    turns = await asyncio.gather(*tasks)
-    assert [sorted(set(t.versions)) for t in turns] == [[old, old + 1]] * len(turns)
-    for prompt, turn in zip(asked, turns, strict=True):
-        assert list(turn.versions) == sorted(turn.versions)
-        world.check(prompt, turn)
+    for delay_s in (0.3, 1.0, 0.1, 2.0):  # how fast vLLM is here is not known: try until the update falls inside
+        old = world.engine.version
+        tasks = [asyncio.create_task(world.engine.generate(p, max_tokens=600, stop_ids=[])) for p in asked]
+        await asyncio.sleep(delay_s)
+        await world.update()
+        turns = await asyncio.gather(*tasks)
+        for prompt, turn in zip(asked, turns, strict=True):
+            assert set(turn.versions) <= {old, old + 1}
+            assert list(turn.versions) == sorted(turn.versions)
+            world.check(prompt, turn)
+        if all(len(set(turn.versions)) == 2 for turn in turns):
+            return
+    pytest.fail("no update fell into the middle of the turns")
 
 
 async def test_a_prompt_seen_before_an_update_is_computed_with_the_new_weights(world: World) -> None:

@@ -19,6 +19,10 @@ def test_the_run_file_for_a_gpu_node_is_valid(tmp_path: Path) -> None:
     path.write_text(block("toml"))
     run_file = load_run_file(path, [f'model.path="{BUILTIN_TINY}"'])
     assert run_file.learner.zero_stage == 3
+    environment = run_file.environment
+    found = load_environment(environment.name, environment.plugin, environment.options)
+    offered = {tool.name for tool in found.tools()}
+    assert set(run_file.roles["worker"].calls) <= offered
 
 
 def test_the_environment_of_ones_own_has_tasks_a_tool_and_disjoint_splits(tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ def test_the_single_agent_run_file_trains_one_role_with_grpo(tmp_path: Path) -> 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MuSiQue files are not shipped with the project")
 def test_multihop_runs_the_full_loop_on_the_real_musique_files(tmp_path: Path) -> None:
-    files = f'questions="{REAL / "musique_train.jsonl"}", passages="{REAL / "musique_corpus.jsonl"}"'
-    options = f"environment.options={{{files}, passage_chars=400, format_without_workers=0.0}}"
+    files = f'questions="{REAL / "musique_train.jsonl"}", corpus="{REAL / "musique_corpus.jsonl"}"'
+    options = f"environment.options={{{files}, max_search_characters=400, format_without_workers=0.0}}"
     folder = play(
         CONFIGS / "demo.toml",
         tmp_path / "run",
@@ -85,7 +85,7 @@ def test_multihop_runs_the_full_loop_on_the_real_musique_files(tmp_path: Path) -
         "learner.num_updates=2",
     )
     updates = list(read_lines(folder / "metrics" / "learner.jsonl"))
-    assert {"em", "f1", "format"} <= updates[-1]["reward_components"].keys()
+    assert {"exact_match", "f1", "format"} <= updates[-1]["reward_components"].keys()
     found = account(folder)
     assert (found.episodes_lost, found.episodes_twice) == (0, 0)
     assert found.episodes_stored >= 16
