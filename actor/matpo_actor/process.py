@@ -5,7 +5,8 @@ Rules kept here; each has a test in tests/actor/test_actor_process.py:
 2. Trouble that is not the model's gives the lease back, and the broker tries the member elsewhere.
 3. Leases of members in play and of episodes not stored yet are kept alive; a member whose lease is lost is stopped.
 4. Draining: no new leases, unfinished members given back, finished episodes sent, goodbye, within actor.drain_s.
-5. A broker that is away is waited for. A background task that dies ends the process.
+5. A broker that is away is waited for. A background task that dies ends the process, and so does a dead engine.
+6. While one member after another fails for such trouble, leasing slows down: attempts are not burnt in a tight loop.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from matpo.snapshot import fingerprint
 from matpo_actor import engines
 from matpo_actor.chat import Chat, load_chat
 from matpo_actor.drain import Drain
-from matpo_actor.engines.base import Engine
+from matpo_actor.engines.base import ENGINE_DEAD, Engine
 from matpo_actor.follower import Follower
 from matpo_actor.outbox import Outbox
 from matpo_actor.roles import Team, resolve
@@ -40,6 +41,8 @@ from matpo_actor.tools.runner import ToolRunner
 
 LEASE_WAIT_S = 5.0  # the broker may hold a lease request for this long
 PATIENCE_S = 10.0  # between two log lines while something is waited for
+FAILURE_PAUSE_S = 0.1  # for each failure since the last episode that was finished
+MAX_FAILURE_PAUSE_S = 10.0
 log = logs.get()
 
 
@@ -120,6 +123,7 @@ class _Actor:
             on_refused=self._on_refused,
         )
         self.welcome: wire.Welcome | None = None
+        self.failures = 0  # of members, since the last one that was finished
         self.playing: dict[str, asyncio.Task[None]] = {}  # by lease
         self.releases: set[asyncio.Task[None]] = set()
         self.changed = asyncio.Event()
@@ -218,6 +222,8 @@ class _Actor:
     async def _lease_for_ever(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             self.changed.clear()
+            if self.failures:
+                await asyncio.sleep(min(FAILURE_PAUSE_S * self.failures, MAX_FAILURE_PAUSE_S))
             num_free = self.run_file.actor.num_members - len(self.playing)
             if num_free <= 0 or self.outbox.is_full:
                 with contextlib.suppress(TimeoutError):
@@ -269,11 +275,14 @@ class _Actor:
                 actor=self.name,
             )
             self._put(lease, episode)
+            self.failures = 0
         except ConfigError:  # no other actor with this run file would do better
             raise
         except InfraError as error:
             log.warning("episode.failed", episode=episode_id, reason=error.reason, why=str(error))
             self._give_back(lease.lease, reason=error.reason)
+            if error.reason == ENGINE_DEAD:
+                raise
         # The episode boundary: a defect that one episode meets must not take the others with it.
         except Exception as error:
             log.exception("episode.failed", episode=episode_id, reason="unexpected")
@@ -299,6 +308,7 @@ class _Actor:
         self.outbox.put(message, payload)
 
     def _give_back(self, lease: str, *, reason: str) -> None:
+        self.failures += 1
         self.metrics.count("episodes_total", outcome="infra")
         task = asyncio.create_task(self._release([lease], infra=True, reason=reason))
         self.releases.add(task)

@@ -92,7 +92,7 @@ async def test_recorded_logprobs_equal_a_rescore_across_an_update_in_the_middle_
     asked = prompts(16)
     for delay_s in (0.3, 1.0, 0.1, 2.0):  # how fast vLLM is here is not known: try until the update falls inside
         old = world.engine.version
-        tasks = [asyncio.create_task(world.engine.generate(p, max_tokens=600, stop_ids=[])) for p in asked]
+        tasks = [asyncio.create_task(world.engine.generate(p, max_tokens=600, stop_ids=[], seed=1)) for p in asked]
         await asyncio.sleep(delay_s)
         await world.update()
         turns = await asyncio.gather(*tasks)
@@ -161,11 +161,6 @@ async def test_the_models_own_stop_token_does_not_end_a_turn_unless_asked(world:
     end = json.loads((world.model / "config.json").read_text())["eos_token_id"]
     assert any(end in turn.token_ids[:-1] for turn in turns)
     assert {len(turn.token_ids) for turn in turns} == {200}
-
-
-async def test_the_same_seed_gives_the_same_turn(world: World) -> None:
-    turns = [await world.engine.generate([1, 2], max_tokens=20, stop_ids=[], seed=seed) for seed in (7, 7, 8)]
-    assert turns[0].token_ids == turns[1].token_ids != turns[2].token_ids
 
 
 async def test_bad_requests_do_not_reach_vllm(world: World) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from matpo import schema
@@ -11,7 +15,7 @@ from matpo.settings import load_run_file
 from matpo.testing import free_port
 from matpo_broker.journal import read_episodes
 from matpo_ops.demo import CONFIGS
-from matpo_ops.processes import fleet_of, wait_for_exit
+from matpo_ops.processes import Child, fleet_of, wait_for_exit
 from matpo_ops.summary import account, read_lines
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
@@ -52,6 +56,48 @@ def test_the_demo_run_file_trains_planner_and_workers(tmp_path: Path) -> None:
     folder = play(CONFIGS / "demo.toml", tmp_path / "run", "learner.num_updates=3")
     assert roles_seen(folder) == {"planner", "worker"}
     assert account(folder).episodes_lost == 0
+
+
+@pytest.mark.vllm
+def test_an_actor_whose_vllm_died_ends_and_is_started_again_without_loss(tmp_path: Path) -> None:
+    sets = [
+        f'run.folder="{tmp_path / "run"}"',
+        f"broker.actor_port={free_port()}",
+        f"broker.learner_port={free_port()}",
+        'actor.engine="vllm"',
+        "actor.num_members=16",
+        "learner.groups_per_update=2",
+        "learner.group_size=4",
+        "learner.num_updates=6",
+    ]
+    fleet = fleet_of(CONFIGS / "demo.toml", tmp_path / "run", num_actors=1, overrides=sets)
+    _, learner, actor = fleet.children
+    lines = tmp_path / "run" / "metrics" / "learner.jsonl"
+    deadline_s = time.monotonic() + 240
+    try:
+        fleet.start()
+        killed = False
+        while learner.exit_code is None and time.monotonic() < deadline_s:
+            if not killed and len(list(read_lines(lines))) >= 2:
+                os.kill(worker_of(actor), signal.SIGKILL)
+                killed = True
+            fleet.watch(time.monotonic())
+            time.sleep(0.1)
+        assert killed
+        assert learner.exit_code == 0, "\n\n".join(f"{c.name}:\n{c.tail(20)}" for c in fleet.children)
+    finally:
+        fleet.stop(grace_s=20)
+    assert actor.num_restarts == 1
+    found = account(tmp_path / "run")
+    assert (found.episodes_lost, found.episodes_twice) == (0, 0)
+    assert found.groups_dropped <= 16, "attempts were not burnt in a tight loop"
+
+
+def worker_of(actor: Child) -> int:
+    """The process that holds vLLM's model, below the actor."""
+    assert actor.process is not None
+    below = psutil.Process(actor.process.pid).children(recursive=True)
+    return next(p.pid for p in below if "VLLM::Worker" in (p.name() + " ".join(p.cmdline())))
 
 
 @pytest.mark.vllm

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+ENGINE_DEAD = "engine_dead"
+"""Reason of an InfraError after which nothing can be sampled: the actor ends, and its supervisor starts it again."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
@@ -33,7 +36,10 @@ class Engine(Protocol):
     async def generate(
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop_ids: Collection[int], seed: int | None = None
     ) -> Sampled:
-        """Sample one turn. Cancelling the task frees what the request holds. Raises InfraError if the engine broke."""
+        """Sample one turn. Cancelling the task frees what it holds. `seed` repeats a turn where the engine can.
+
+        Raises InfraError if the engine broke, with reason ENGINE_DEAD when it will not come back by itself.
+        """
 
     async def load(self, folder: Path, version: int) -> float:
         """Load a snapshot that matpo.snapshot.verify has accepted, requests in flight carried on.

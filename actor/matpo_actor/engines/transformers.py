@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from matpo import logs
 from matpo.errors import ConfigError, InfraError, SetupError, SnapshotError
 from matpo.settings import RunFile
-from matpo_actor.engines.base import Sampled
+from matpo_actor.engines.base import ENGINE_DEAD, Sampled
 from matpo_actor.engines.kv_table import Table, grouped_attention
 
 PREFILL_TOKENS = (
@@ -175,7 +175,7 @@ class TransformersEngine:
     def _put(self, item: Row | Load) -> None:
         self._inbox.put(item)
         if self._broken is not None:  # looked at after the put: the thread answers what it finds when it ends
-            raise InfraError(f"the transformers engine takes no requests: {self._broken}", reason="engine")
+            raise InfraError(f"the transformers engine takes no requests: {self._broken}", reason=ENGINE_DEAD)
 
     # ---- the engine's thread
 
@@ -195,7 +195,7 @@ class TransformersEngine:
         for item in [*self._batch, *self._waiting, *iter_queue(self._inbox)]:
             if item is not None and item.answer.set_running_or_notify_cancel():
                 item.answer.set_exception(
-                    InfraError(f"the transformers engine stopped: {self._broken}", reason="engine")
+                    InfraError(f"the transformers engine stopped: {self._broken}", reason=ENGINE_DEAD)
                 )
 
     def _take(self) -> bool:

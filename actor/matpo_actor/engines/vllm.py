@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from matpo import logs, snapshot
 from matpo.errors import ConfigError, InfraError, SetupError, SnapshotError
 from matpo.settings import RunFile
-from matpo_actor.engines.base import Sampled
+from matpo_actor.engines.base import ENGINE_DEAD, Sampled
 
 # vLLM reads these when it is imported. What the environment says already wins.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -114,7 +114,11 @@ class VllmEngine:
     async def generate(
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop_ids: Collection[int], seed: int | None = None
     ) -> Sampled:
-        """Sample one turn; see matpo_actor.engines.base."""
+        """Sample one turn; see matpo_actor.engines.base. `seed` is ignored.
+
+        When requests in flight are reset after a weight update, vLLM rewinds the generator of a seeded one; on a CPU
+        torch cannot do that, and the whole engine dies.
+        """
         self._check_request(prompt_ids, max_tokens)
         await self._open.wait()
         params = SamplingParams(
@@ -124,7 +128,6 @@ class VllmEngine:
             ignore_eos=True,  # only `stop_ids` end a turn, not what a generation_config.json adds
             logprobs=0,  # of the sampled token alone, from the raw logits
             detokenize=False,
-            seed=seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=str(self.version))
@@ -133,7 +136,7 @@ class VllmEngine:
                 if out.finished:
                     return _sampled(out.outputs[0])
         except BROKEN as error:
-            raise InfraError(f"vLLM stopped: {error!r}", reason="engine") from error
+            raise InfraError(f"vLLM stopped: {error!r}", reason=ENGINE_DEAD) from error
         raise InfraError("vLLM ended a request without a result", reason="engine")
 
     async def load(self, folder: Path, version: int) -> float:
@@ -154,7 +157,7 @@ class VllmEngine:
                     await self._swap(folder, version)
             except (*BROKEN, TimeoutError, RuntimeError) as error:
                 raise InfraError(
-                    f"vLLM failed to load snapshot v{version}: {error!r}. Start the engine again."
+                    f"vLLM failed to load snapshot v{version}: {error!r}. Start the engine again.", reason=ENGINE_DEAD
                 ) from error
             self._open.set()
             return time.monotonic() - began
