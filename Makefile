@@ -1,9 +1,9 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make: `make demo` and `make test`.
-#   make demo               the main job: broker, learner, two actors; about five minutes (ENGINE=vllm: with vLLM)
+#   make demo               the main job: broker, learner, two actors; about four minutes (ENGINE=vllm: with vLLM)
 #   make test               all tests
 #   make check              the fast gate: lint, types, import rules, unit tests
 #   make bench              the figures of docs/benchmarks.md
-#   make clean              removes what these targets made
+#   make clean              removes what these targets installed and cached; runs/ stays
 
 PYTHON ?= python3
 ENGINE ?= transformers
@@ -34,7 +34,7 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .make build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .make build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 install: .make/installed
 install-vllm: .make/installed-vllm

@@ -316,6 +316,11 @@ class LearnerSettings(Section):
             )
         return self
 
+    @property
+    def max_open_groups(self) -> int:
+        """Groups ordered and not consumed at one time: (1 + max_lag_versions) batches."""
+        return (1 + self.max_lag_versions) * self.groups_per_update
+
 
 class EvalSettings(Section):
     """[eval]: accuracy on held-out tasks."""

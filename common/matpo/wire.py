@@ -337,7 +337,7 @@ def peek_seq(frames: Sequence[bytes | memoryview]) -> int:
         seq = _unpack(frames[0]).get("seq", 0) if frames and len(frames[0]) <= MAX_HEADER_BYTES else 0
     except ProtocolError:
         return 0
-    return seq if isinstance(seq, int) and 0 <= seq < 2**53 else 0
+    return seq if type(seq) is int and 0 <= seq < 2**53 else 0  # a bool is an int, and no seq
 
 
 def check_payload(message: StoreEpisode | DeliveredEpisode, payload: bytes | memoryview) -> None:

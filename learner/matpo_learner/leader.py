@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,9 @@ class Leader:
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], *, update: int) -> None:
         """Write the weights of `update` as the next version and tell of it."""
         self.update = update
+        # Before it is written: an actor may load it, and finish an episode with it, before publish returns.
+        self._inbox.published = self._publisher.version
         self.version = self._publisher.publish(tensors, update=self.update)
-        self._inbox.published = self.version
         self._inbox.notice(self.version)
         self.metrics.set("policy_version", self.version)
         self.metrics.set("published_version", self.version)
@@ -111,7 +112,7 @@ class Leader:
     def collect(self, idle: Callable[[], None]) -> list[Delivery] | None:
         """The groups of the next update, with others ordered for those that cannot be trained. None: told to stop.
 
-        `idle` is called about once in TAKE_S while nothing comes.
+        `idle` is called at least about once in TAKE_S.
         """
         chosen: list[Chosen] = []
         while len(chosen) < self._settings.groups_per_update:
@@ -120,9 +121,8 @@ class Leader:
             delivery = self._inbox.take(TAKE_S)
             if self.stopping:
                 return None
-            if delivery is None:
-                idle()
-            elif found := self._judge(delivery):
+            idle()
+            if delivery is not None and (found := self._judge(delivery)):
                 chosen.append(found)
         self._chosen = chosen
         return [one.delivery for one in chosen]
@@ -200,7 +200,8 @@ class Leader:
             return None
         if not worth.has_signal:
             self.metrics.count("zero_signal_groups_total")
-            self._zero_signal.append(group)
+            # Only for the means: a policy without any signal would otherwise fill the memory with tokens.
+            self._zero_signal.append(replace(group, episodes=[replace(e, segments=()) for e in group.episodes]))
             self._consume(delivery, "zero_signal", group)
             return None
         return Chosen(delivery=delivery, group=group, lag=lag)

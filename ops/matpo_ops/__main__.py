@@ -44,7 +44,7 @@ def up(
     )
     folder = run_file.run.folder
     plot(folder, folder / "curves.png")
-    summary = account(folder).as_json()
+    summary = account(folder, max_open=run_file.learner.max_open_groups).as_json()
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console.print_json(data=summary)
     console.print(f"snapshots {run_file.snapshot_folder}\ncurves    {folder / 'curves.png'}", highlight=False)

@@ -45,7 +45,7 @@ def run_demo(run_path: Path, overrides: Sequence[str], console: Console) -> dict
         raise DataError(f"the run ended without a snapshot in {run_file.snapshot_folder}: see {folder / 'logs'}")
     snapshot = version_folder(run_file.snapshot_folder, version)
     after = _measure(run_file, snapshot, "after", console)
-    figures = figures_of(folder, before, after, time.monotonic() - started)
+    figures = figures_of(run_file, before, after, time.monotonic() - started)
     (folder / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     plot(folder, folder / "curves.png")
     console.print(f"snapshot  {snapshot}", highlight=False)
@@ -55,10 +55,10 @@ def run_demo(run_path: Path, overrides: Sequence[str], console: Console) -> dict
     return figures
 
 
-def figures_of(folder: Path, before: Evaluation, after: Evaluation, wall_s: float) -> dict[str, Any]:
+def figures_of(run_file: RunFile, before: Evaluation, after: Evaluation, wall_s: float) -> dict[str, Any]:
     """The demo's figures, from the run's own files."""
-    updates = list(read_lines(folder / "metrics" / "learner.jsonl"))
-    ledger = account(folder)
+    updates = list(read_lines(run_file.run.folder / "metrics" / "learner.jsonl"))
+    ledger = account(run_file.run.folder, max_open=run_file.learner.max_open_groups)
     return {
         "heldout_before": before.score.triple(),
         "heldout_after": after.score.triple(),

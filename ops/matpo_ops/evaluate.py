@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -104,7 +105,13 @@ async def _evaluate(
     settings = run_file.environment
     environment = load_environment(settings.name, settings.plugin, settings.options)
     tasks = held_out_tasks(environment, run_file)
-    served = run_file.model_copy(update={"model": run_file.model.model_copy(update={"path": str(folder)})})
+    nowhere = tempfile.TemporaryDirectory(prefix="matpo-eval-")  # an engine that finds snapshots would serve the newest
+    served = run_file.model_copy(
+        update={
+            "model": run_file.model.model_copy(update={"path": str(folder)}),
+            "run": run_file.run.model_copy(update={"folder": Path(nowhere.name)}),
+        }
+    )
     engine = engines.make(served)
     rollout = run_file.rollout
     chat = load_chat(folder, syntax=rollout.syntax, reply_role=rollout.reply_role)
@@ -138,6 +145,7 @@ async def _evaluate(
     finally:
         await engine.close()
         environment.close()
+        nowhere.cleanup()
     names = sorted({name for e in episodes for name in e.reward_components})
     return Evaluation(
         policy=policy,

@@ -49,25 +49,29 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def account(folder: Path) -> Account:
+def account(folder: Path, *, max_open: int) -> Account:
     """Compare the broker's ledger with the learner's record of consumed groups, by id.
+
+    `max_open` is how many groups the learner keeps ordered at one time, (1 + max_lag_versions) batches. Of the groups
+    that no update consumed, only so many, the newest, can be waiting; the episodes of others are lost.
 
     Raises DataError when the run has no ledger.
     """
     if not (folder / "journal").is_dir():
         raise DataError(f"{folder} holds no journal: is it a run folder?")
-    return compare(accounting(folder / "journal"), list(read_lines(folder / "metrics" / "trained.jsonl")))
+    return compare(accounting(folder / "journal"), list(read_lines(folder / "metrics" / "trained.jsonl")), max_open)
 
 
-def compare(ledger: Accounting, consumed: Sequence[dict[str, Any]]) -> Account:
+def compare(ledger: Accounting, consumed: Sequence[dict[str, Any]], max_open: int) -> Account:
     """The account of a ledger and the consumed groups (`fate`: trained, zero_signal, or why it was dropped)."""
     fate_of_group = {line["group"]: line["fate"] for line in consumed}
     uses = Counter(episode for line in consumed for episode in line["episodes"])
+    may_wait = set([group for group in ledger.orders if group not in fate_of_group][-max_open:])
     ends: Counter[str] = Counter()
     for (group, _), episode in ledger.stored.items():
         fate = fate_of_group.get(group)
         if fate is None:
-            ends["waiting"] += 1
+            ends["waiting" if group in may_wait else "lost"] += 1
         elif fate in USED:
             ends[fate if episode in uses else "lost"] += 1
         else:

@@ -171,6 +171,11 @@ async def test_bad_requests_do_not_reach_vllm(world: World) -> None:
         await world.engine.generate([1] * 4000, max_tokens=97, stop_ids=[])
 
 
+def test_an_argument_that_the_engine_owns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"actor\.vllm sets logprobs_mode"):
+        VllmEngine(tmp_path, tmp_path, arguments={"logprobs_mode": "processed_logits", "max_num_seqs": 8})
+
+
 async def test_untie_gives_a_tied_model_a_head_of_its_own(tmp_path: Path) -> None:
     model, target = tiny_model(tmp_path / "model"), tmp_path / "untied"
     target.mkdir()

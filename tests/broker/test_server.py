@@ -35,6 +35,7 @@ GARBAGE = {
     "unknown kind": [msgpack.packb({"v": 1, "seq": 1, "kind": "rm"}), b""],
     "missing field": [msgpack.packb({"v": 1, "seq": 1, "kind": "lease"}), b""],
     "huge length": [b"\xdd\xff\xff\xff\xff", b""],
+    "a bool for seq": [msgpack.packb({"v": 1, "seq": True, "kind": "x"}), b""],
     "a reply": [msgpack.packb({"v": 1, "seq": 1, "kind": "done"}), b""],
 }
 

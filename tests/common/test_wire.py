@@ -79,7 +79,14 @@ def test_no_bytes_raise_anything_but_a_protocol_error(frames: list[bytes]) -> No
 
 @pytest.mark.parametrize(
     ("frames", "seq"),
-    [([header(v=9, seq=41)], 41), ([header(seq=-1)], 0), ([header(seq="x")], 0), ([b"\xc1"], 0), ([], 0)],
+    [
+        ([header(v=9, seq=41)], 41),
+        ([header(seq=-1)], 0),
+        ([header(seq="x")], 0),
+        ([header(seq=True)], 0),
+        ([b"\xc1"], 0),
+        ([], 0),
+    ],
 )
 def test_the_seq_of_a_refused_header_is_read_if_it_can_be(frames: list[bytes], seq: int) -> None:
     assert wire.peek_seq(frames) == seq

@@ -31,27 +31,32 @@ def line(group: str, fate: str, *episodes: str) -> dict:
 
 
 def test_every_stored_episode_is_trained_without_signal_dropped_or_waiting() -> None:
-    found = compare(ledger(), [line("g-0", "trained"), line("g-1", "zero_signal"), line("g-2", "stale")])
+    found = compare(ledger(), [line("g-0", "trained"), line("g-1", "zero_signal"), line("g-2", "stale")], 2)
     assert (found.episodes_trained, found.episodes_without_signal) == (2, 2)
     assert (found.episodes_dropped, found.episodes_waiting) == (2, 2)
     assert (found.episodes_lost, found.episodes_twice, found.episodes_invented) == (0, 0, 0)
 
 
 def test_an_episode_that_its_trained_group_leaves_out_is_lost() -> None:
-    assert compare(ledger(), [line("g-0", "trained", "1")]).episodes_lost == 1
+    assert compare(ledger(), [line("g-0", "trained", "1")], 3).episodes_lost == 1
+
+
+def test_more_stored_groups_than_can_be_open_are_lost_and_not_waiting() -> None:
+    found = compare(ledger(), [line("g-3", "trained")], 2)
+    assert (found.episodes_lost, found.episodes_waiting) == (2, 4)
 
 
 def test_an_episode_in_two_updates_is_counted_as_twice() -> None:
-    assert compare(ledger(), [line("g-0", "trained"), line("g-0", "trained")]).episodes_twice == 2
+    assert compare(ledger(), [line("g-0", "trained"), line("g-0", "trained")], 2).episodes_twice == 2
 
 
 def test_an_episode_that_the_broker_never_stored_is_counted_as_invented() -> None:
-    assert compare(ledger(), [line("g-0", "trained", "0", "1", "7")]).episodes_invented == 1
+    assert compare(ledger(), [line("g-0", "trained", "0", "1", "7")], 2).episodes_invented == 1
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is it a run folder"):
-        account(tmp_path)
+        account(tmp_path, max_open=2)
 
 
 def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 ACTOR_PID = "MATPO_ACTOR_PID"  # see vllm_worker, which is imported in vLLM's processes only
 CLOSE_S = 3.0
 LOAD_S = 600.0  # a load that takes longer is a broken engine
+OWNED_ARGUMENTS = frozenset(
+    {"model", "worker_extension_cls", "skip_tokenizer_init", "generation_config", "logprobs_mode", "trust_remote_code"}
+)
+"""With other values than ours, log-probs would not be those of the plain softmax, or loads would not be verified."""
 KV_CACHE_BYTES = 1 << 30  # on a CPU
 BROKEN = (EngineDeadError, EngineGenerateError)
 
@@ -71,6 +75,8 @@ class VllmEngine:
         self._model_folder, self._snapshot_folder = model_folder, snapshot_folder
         self._recompute = kv_after_update == "recompute"
         self._num_threads = num_threads
+        if owned := sorted(OWNED_ARGUMENTS & (arguments or {}).keys()):
+            raise ConfigError(f"actor.vllm sets {', '.join(owned)}, which the engine sets itself. Leave it out.")
         self._arguments = {"dtype": dtype, **(arguments or {})}
         self._llm: AsyncLLM | None = None
         self._open = asyncio.Event()  # no request starts while weights change
