@@ -34,7 +34,12 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _raise_all(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 class RunSettings(Section):
@@ -83,13 +88,15 @@ class BrokerSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BrokerSettings:
+        problems = []
         if self.lease_s < 2 * self.heartbeat_s:
-            raise ValueError(
+            problems.append(
                 f"lease_s={self.lease_s:g} with heartbeat_s={self.heartbeat_s:g}: one lost heartbeat loses every "
                 f"lease. Set lease_s >= {2 * self.heartbeat_s:g}."
             )
         if self.actor_port == self.learner_port:
-            raise ValueError(f"actor_port and learner_port are both {self.actor_port}. Give each its own.")
+            problems.append(f"actor_port and learner_port are both {self.actor_port}. Give each its own.")
+        _raise_all(problems)
         return self
 
 
@@ -130,12 +137,14 @@ class RoleSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RoleSettings:
+        problems = []
         if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("prompt and prompt_file are both set. Keep one.")
+            problems.append("prompt and prompt_file are both set. Keep one.")
         if self.summary_tokens >= self.max_context_tokens:
-            raise ValueError(
+            problems.append(
                 f"summary_tokens={self.summary_tokens} leaves no room in max_context_tokens={self.max_context_tokens}."
             )
+        _raise_all(problems)
         return self
 
 
@@ -298,22 +307,24 @@ class LearnerSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LearnerSettings:
+        problems = []
         if self.num_minibatches > 1 and self.loss != "decoupled_ppo":
-            raise ValueError(
+            problems.append(
                 f'num_minibatches={self.num_minibatches} with loss="{self.loss}": after the first optimizer '
                 "step the policy is no longer the one the ratios were made for. "
                 'Set loss = "decoupled_ppo", or num_minibatches = 1.'
             )
         if self.num_minibatches > self.groups_per_update:
-            raise ValueError(
+            problems.append(
                 f"num_minibatches={self.num_minibatches} is more than groups_per_update={self.groups_per_update}: "
                 "a minibatch holds whole groups."
             )
         if self.drop_lag_versions < self.max_lag_versions:
-            raise ValueError(
+            problems.append(
                 f"drop_lag_versions={self.drop_lag_versions} drops what max_lag_versions={self.max_lag_versions} "
                 f"orders. Set drop_lag_versions >= {self.max_lag_versions}."
             )
+        _raise_all(problems)
         return self
 
     @property
@@ -383,23 +394,23 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunFile:
+        problems = []
         if self.rollout.root not in self.roles:
-            raise ValueError(
+            problems.append(
                 f'rollout.root="{self.rollout.root}" is no role of this file ({", ".join(self.roles)}). '
                 f"Add [roles.{self.rollout.root}] or change rollout.root."
             )
         delegates = [n for n, r in self.roles.items() if any(c in self.roles for c in r.calls)]
         if delegates and self.rollout.max_depth < 2:
-            raise ValueError(
-                f"roles.{delegates[0]} delegates, but rollout.max_depth=1 forbids it. Set it to 2 or more."
-            )
+            problems.append(f"roles.{delegates[0]} delegates, but rollout.max_depth=1 forbids it. Set it to 2 or more.")
         if self.learner.credit == "grpo" and delegates:
-            raise ValueError(
+            problems.append(
                 f'learner.credit="grpo" is for a single agent, but roles.{delegates[0]} delegates. '
                 'Give it tools instead of roles, or set credit = "matpo".'
             )
         if self.learner.credit == "matpo" and not any(r.trainable for r in self.roles.values()):
-            raise ValueError("no role is trainable. Set trainable = true in at least one [roles.*].")
+            problems.append("no role is trainable. Set trainable = true in at least one [roles.*].")
+        _raise_all(problems)
         return self
 
     @property
@@ -445,7 +456,7 @@ def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     try:
         run_file = RunFile.model_validate(document)
     except ValidationError as error:
-        lines = [_explain(path, text, dict(problem)) for problem in error.errors()]
+        lines = [line for problem in error.errors() for line in _explain(path, text, dict(problem))]
         raise ConfigError("\n".join(lines)) from None
     problems = _missing_files(run_file)
     if problems:
@@ -485,7 +496,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     target[last] = parsed
 
 
-def _explain(path: Path, text: str, problem: Mapping[str, Any]) -> str:
+def _explain(path: Path, text: str, problem: Mapping[str, Any]) -> list[str]:
     location = tuple(str(part) for part in problem["loc"])
     dotted = ".".join(location)
     line = _line_of(text, location)
@@ -494,13 +505,13 @@ def _explain(path: Path, text: str, problem: Mapping[str, Any]) -> str:
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(known))}"
-        return f'{where}: unknown key "{dotted}"; {hint}'
+        return [f'{where}: unknown key "{dotted}"; {hint}']
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{where}: {dotted + ': ' if dotted else ''}{message}"
+        return [f"{where}: {dotted + ': ' if dotted else ''}{line}" for line in message.splitlines()]
     if problem["type"] == "missing":
-        return f"{where}: {dotted} is missing"
-    return f"{where}: {dotted} = {problem['input']!r}: {message}"
+        return [f"{where}: {dotted} is missing"]
+    return [f"{where}: {dotted} = {problem['input']!r}: {message}"]
 
 
 def _known_keys(location: tuple[str, ...]) -> list[str]:

@@ -55,6 +55,16 @@ def test_all_errors_are_reported_at_once(write) -> None:
     assert len(message.splitlines()) == 3
 
 
+def test_all_broken_rules_of_a_section_are_reported_at_once(write) -> None:
+    message = problem(write(), "learner.num_minibatches=99", "learner.drop_lag_versions=0", "broker.lease_s=6")
+    assert len(message.splitlines()) == 4
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_rate_that_is_no_number_is_refused(write, value: str) -> None:
+    assert "finite number" in problem(write(), f"learner.learning_rate={value}")
+
+
 @pytest.mark.parametrize("key", ["learner.learning_rate", "broker.lease_s", "actor.drain_s", "learner.max_grad_norm"])
 def test_a_negative_rate_is_refused(write, key: str) -> None:
     assert key in problem(write(), f"{key}=-1.0")
