@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make: `make demo` and `make test`.
-#   make demo               the main job: broker, learner, two actors; about four minutes (ENGINE=vllm: with vLLM)
+#   make demo               the main job: broker, learner, two actors; about three minutes (ENGINE=vllm: with vLLM)
 #   make test               all tests
 #   make check              the fast gate: lint, types, import rules, unit tests
 #   make bench              the figures of docs/benchmarks.md
