@@ -101,7 +101,7 @@ def evaluate(
 def tiny_policy(
     out: Annotated[Path, typer.Argument(help="Folder to write the policy to.")],
 ) -> None:
-    """Remake the shipped tiny policy: tokenizer, scripted episodes, supervised warm start (about fifteen minutes)."""
+    """Remake the shipped tiny policy: tokenizer, scripted episodes, supervised warm start (ten to twenty minutes)."""
     from matpo_ops.tiny_policy.make import make
 
     logs.configure(LogSettings(), process="tiny-policy")
