@@ -23,6 +23,10 @@ def broker(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set broker.lease_s=30"),
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Allow other machines to connect without keys. Only on a private network."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Hold the work orders and episodes of one run, durably, and hand them out.
@@ -32,7 +36,7 @@ def broker(
     SIGTERM and Ctrl-C end it with exit code 0. Other codes: 2 run file, 3 this machine (a port in use), 4 the journal.
     """
     try:
-        process.run(load_run_file(run_file, override or []))
+        process.run(load_run_file(run_file, override or []), insecure=insecure)
     except MatpoError as error:
         if debug:
             raise

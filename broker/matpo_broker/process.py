@@ -26,11 +26,11 @@ from matpo_broker.tables import LEDGER_NAME
 log = logs.get()
 
 
-def run(run_file: RunFile) -> None:
+def run(run_file: RunFile, *, insecure: bool = False) -> None:
     """Serve a run until SIGTERM or SIGINT. Raises ConfigError, SetupError or JournalError when it cannot."""
     logs.configure(run_file.log, process="broker")
     settings = run_file.broker
-    address = address_of(settings)
+    address = address_of(settings, may_leave_loopback=insecure)
     metrics = Metrics("broker")
     try:
         journal, ledger = open_store(run_file, metrics, now_s=time.monotonic())
@@ -45,7 +45,7 @@ def run(run_file: RunFile) -> None:
         counts = ledger.counts()
         log.info(
             "broker ready", actors=actors, learner=learner, run=run_file.run.name, release=__version__,
-            pid=os.getpid(), durability="group-fsync", orders=counts["orders"],
+            pid=os.getpid(), durability=settings.durability, orders=counts["orders"],
             episodes=counts["episodes_stored"], epoch=counts["epoch"],
         )  # fmt: skip
         server.serve()
@@ -89,17 +89,18 @@ def open_store(run_file: RunFile, metrics: Metrics, *, now_s: float) -> tuple[Jo
     return journal, ledger
 
 
-def address_of(settings: BrokerSettings) -> str:
-    """The address to bind. Raises ConfigError beyond loopback (there are no keys), SetupError for an unknown host."""
+def address_of(settings: BrokerSettings, *, may_leave_loopback: bool) -> str:
+    """The address to bind. Raises ConfigError beyond loopback unless it may, SetupError for an unknown host."""
     try:
         found = socket.getaddrinfo(settings.host, None, socket.AF_INET, socket.SOCK_STREAM)
     except OSError as error:
         raise SetupError(f'broker.host="{settings.host}" is no address of ours: {error.strerror}.') from error
     address = str(found[0][4][0])
-    if not ipaddress.ip_address(address).is_loopback and not settings.insecure:
+    if not ipaddress.ip_address(address).is_loopback and not may_leave_loopback:
         raise ConfigError(
             f'broker.host="{settings.host}" is reachable from other machines, and peers have no keys. '
-            "Use 127.0.0.1, or set broker.insecure = true on a network that nobody else can reach.",
+            "Use 127.0.0.1, make keys (matpo-broker keys new RUN.TOML) and set security.keys, "
+            "or start the broker with --insecure on a network that nobody else can reach.",
             reason="insecure",
         )
     return address

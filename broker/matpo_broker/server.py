@@ -224,7 +224,14 @@ class Server:
             self._park(address, message, now_s)
         elif isinstance(message, wire.Heartbeat):
             lost = self._ledger.heartbeat(peer.key, message.leases, now_s)
-            self._reply(address, message, wire.Alive(lost=lost, snapshot_version=self._ledger.snapshot_version))
+            window_bytes, window_episodes = self._window()
+            alive = wire.Alive(
+                lost=lost,
+                snapshot_version=self._ledger.snapshot_version,
+                window_bytes=window_bytes,
+                window_episodes=window_episodes,
+            )
+            self._reply(address, message, alive)
         elif isinstance(message, wire.Release):
             self._ledger.release(peer.key, message.leases, infra=message.infra)
             log.info("leases.released", actor=peer.hello.name, num_leases=len(message.leases), why=message.reason[:200])
@@ -259,14 +266,22 @@ class Server:
         epoch = self._ledger.greet_learner(hello) if hello.peer == "learner" else self._ledger.epoch
         self._peers[address] = Peer(hello=hello, key=f"{hello.name}/{hello.incarnation}", heard_s=now_s)
         log.info("peer.hello", peer=hello.peer, name=hello.name, incarnation=hello.incarnation)
+        window_bytes, window_episodes = self._window()
         return wire.Welcome(
             epoch=epoch,
             heartbeat_s=self._settings.heartbeat_s,
             lease_s=self._settings.lease_s,
             snapshot_version=self._ledger.snapshot_version,
-            durability="group-fsync",
+            durability=self._settings.durability,
             max_payload_bytes=self._settings.max_payload_bytes,
+            window_bytes=window_bytes,
+            window_episodes=window_episodes,
         )
+
+    def _window(self) -> tuple[int, int]:
+        """One actor's credit: its share of what may be on the way."""
+        actors = max(1, self._num_actors())
+        return self._settings.window_bytes // actors, max(1, self._settings.window_episodes // actors)
 
     def _store(self, peer: Peer, message: wire.StoreEpisode, payload: bytes) -> wire.Stored:
         self._metrics.count("bytes_total", len(payload), direction="in")
@@ -283,7 +298,7 @@ class Server:
             self._unsynced = True
             self._ledger.record(message, peer.key, location)
         self._metrics.count("episodes_total", result="stored" if new else "duplicate")
-        return wire.Stored(episode=message.episode, duplicate=not new)
+        return wire.Stored(episode=message.episode, durability=self._settings.durability, duplicate=not new)
 
     # ---- parked requests
 

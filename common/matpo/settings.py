@@ -77,27 +77,54 @@ class BrokerSettings(Section):
     """How often an actor renews its leases."""
     max_attempts: Count = 3
     """A member that failed this often for infrastructure reasons takes its group down with it (counted)."""
+    max_lease_losses: Count = 20
+    """The same for leases that ran out, as those of preempted actors do: not the member's fault, so many more."""
+    max_deliveries: Annotated[int, Field(ge=0)] = 3
+    """A group that was in the hands of this many dying learners is set aside (quarantined). 0: never, for runs that
+    have to be repeated exactly."""
+    max_order_age_s: Annotated[float, Field(ge=0)] = 0.0
+    """A group that is not whole this long after it was ordered is dropped and counted. 0: never."""
     max_payload_bytes: Count = 64 * 2**20
     """One encoded episode may not be larger."""
     credit_bytes: Count = 256 * 2**20
     """Episodes held for the learner beyond this pause the actors."""
+    window_bytes: Count = 64 * 2**20
+    """Payload bytes on their way to the broker and not yet acknowledged, shared out among all actors; bounds memory."""
+    window_episodes: Count = 4096
+    """The same in episodes."""
+    durability: Literal["group", "always", "interval", "never"] = "group"
+    """What an acknowledgement means. group: on disk (fsync), many episodes at once. always: on disk, each by itself.
+    interval: given to the kernel, on disk every sync_interval_s. never: given to the kernel. All survive kill -9;
+    only the first two survive a power cut."""
+    sync_interval_s: Positive = 1.0
+    """For durability = "interval"."""
     journal_file_bytes: Count = 64 * 2**20
-    """A payload file is closed and a new one begun at this size."""
-    insecure: bool = False
-    """Allow a bind beyond loopback without keys. Only on a network that nobody else can reach."""
+    """A payload file is sealed and a new one begun at this size."""
+    ballast_bytes: Annotated[int, Field(ge=2**20)] = 16 * 2**20
+    """Kept free for the ledger, so that leases, commits and acknowledgements go on when the disk is full."""
 
     @model_validator(mode="after")
     def _check(self) -> BrokerSettings:
         problems = []
-        if self.lease_s < 2 * self.heartbeat_s:
+        if self.lease_s < 3 * self.heartbeat_s:
             problems.append(
-                f"lease_s={self.lease_s:g} with heartbeat_s={self.heartbeat_s:g}: one lost heartbeat loses every "
-                f"lease. Set lease_s >= {2 * self.heartbeat_s:g}."
+                f"lease_s={self.lease_s:g} with heartbeat_s={self.heartbeat_s:g}: one late heartbeat loses every "
+                f"lease. Set lease_s >= {3 * self.heartbeat_s:g}."
             )
         if self.actor_port == self.learner_port:
             problems.append(f"actor_port and learner_port are both {self.actor_port}. Give each its own.")
         _raise_all(problems)
         return self
+
+
+class SecuritySettings(Section):
+    """[security]: keys of the connections to the broker (ZeroMQ CURVE: encrypted, both ends authenticated)."""
+
+    keys: Path | None = None
+    """Folder of key files; `matpo-broker keys new RUN.TOML` makes it. None: no keys, loopback only."""
+    key_file: Path | None = None
+    """This process's own key file. Default: the one for its role in `keys`, for example actor.key. On a machine of an
+    actor set only this: the file has all that an actor needs."""
 
 
 class EnvironmentSettings(Section):
@@ -381,6 +408,7 @@ class RunFile(Section):
     run: RunSettings
     model: ModelSettings = ModelSettings()
     broker: BrokerSettings = BrokerSettings()
+    security: SecuritySettings = SecuritySettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     roles: dict[str, RoleSettings] = Field(default_factory=_default_roles)
     rollout: RolloutSettings = RolloutSettings()

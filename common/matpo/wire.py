@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from matpo.errors import ProtocolError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_LIST = 65536
 
@@ -28,6 +28,7 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Short = Annotated[str, Field(max_length=1024)]
 Natural = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Version = Annotated[int, Field(ge=-1, lt=2**53)]
 
 
 class Message(BaseModel):
@@ -128,6 +129,7 @@ class StoreEpisode(Message):
     num_bytes: Natural
     crc32c: Natural
     num_tokens: Natural = 0
+    min_version: Version = -1  # oldest policy version of a sampled token; -1: none was sampled
     environment: Short = ""
 
 
@@ -136,7 +138,7 @@ class Heartbeat(Message):
 
     kind: Literal["heartbeat"] = "heartbeat"
     leases: Annotated[list[Name], Field(max_length=MAX_LIST)]
-    policy_version: Annotated[int, Field(ge=-1)]
+    policy_version: Version
 
 
 class Release(Message):
@@ -189,6 +191,27 @@ class Fetch(Message):
     epoch: Natural
     wait_s: Seconds = 0.0
     received: Short = ""
+    min_version: Version = -1  # a whole group with an older token is given up as "stale", without its payload
+
+
+class Trained(Message):
+    """These groups went through an update, which no checkpoint covers yet.
+
+    They will come again after Resume, but they are no suspects if this learner dies.
+    """
+
+    kind: Literal["trained"] = "trained"
+    epoch: Natural
+    indices: Annotated[list[Natural], Field(max_length=MAX_LIST)]
+
+
+class Quarantine(Message):
+    """The content of a delivered group is invalid: set it aside for people to look at."""
+
+    kind: Literal["quarantine"] = "quarantine"
+    epoch: Natural
+    group: Name
+    reason: Short
 
 
 class Commit(Message):
@@ -210,6 +233,46 @@ class SnapshotNotice(Message):
     version: Natural
 
 
+# ---- operators to broker
+
+
+class Peek(Message):
+    """List groups, oldest first: those in one `state`, or one `group` with its members."""
+
+    kind: Literal["peek"] = "peek"
+    state: Literal["", "open", "ready", "delivered", "consumed", "dropped", "quarantined"] = ""
+    group: Short = ""
+    limit: Annotated[int, Field(ge=1, le=4096)] = 100
+
+
+class Show(Message):
+    """Ask for the payloads of one whole or quarantined group; delivers nothing."""
+
+    kind: Literal["show"] = "show"
+    group: Name
+
+
+class Requeue(Message):
+    """Put quarantined groups back into the stream. Refused when a checkpoint of the learner covers one."""
+
+    kind: Literal["requeue"] = "requeue"
+    groups: Annotated[list[Name], Field(max_length=4096)]
+
+
+class Purge(Message):
+    """Let the payloads of quarantined groups go."""
+
+    kind: Literal["purge"] = "purge"
+    groups: Annotated[list[Name], Field(max_length=4096)]
+
+
+class Drain(Message):
+    """`on`: hand out no more leases; what is in play is still stored and delivered. Lasts until the broker restarts."""
+
+    kind: Literal["drain"] = "drain"
+    on: bool
+
+
 # ---- broker to peers
 
 
@@ -220,9 +283,11 @@ class Welcome(Message):
     epoch: Natural  # the learner's fence; actors ignore it
     heartbeat_s: Seconds
     lease_s: Seconds
-    snapshot_version: Annotated[int, Field(ge=-1)]
-    durability: Name  # what an ack means, for example "group-fsync"
+    snapshot_version: Version
+    durability: Name  # what an ack means: broker.durability of the run file
     max_payload_bytes: Natural
+    window_bytes: Natural  # an actor's credit: payload bytes that it may have sent without an answer ...
+    window_episodes: Natural  # ... and episodes; one is always allowed
 
 
 class Leases(Message):
@@ -234,10 +299,11 @@ class Leases(Message):
 
 
 class Stored(Message):
-    """The episode is on disk (see Welcome.durability). `duplicate`: it was there already."""
+    """The episode is kept as `durability` says. `duplicate`: it was there already."""
 
     kind: Literal["stored"] = "stored"
     episode: Name
+    durability: Name
     duplicate: bool = False
 
 
@@ -251,15 +317,17 @@ class Refused(Message):
 
 
 class Alive(Message):
-    """Reply to heartbeat: which leases are lost, and the newest snapshot."""
+    """Reply to heartbeat: which leases are lost, the newest snapshot, and the credit of now (see Welcome)."""
 
     kind: Literal["alive"] = "alive"
     lost: list[Name]
-    snapshot_version: Annotated[int, Field(ge=-1)]
+    snapshot_version: Version
+    window_bytes: Natural
+    window_episodes: Natural
 
 
 class Done(Message):
-    """Reply to release, goodbye, resume, orders, commit and snapshot: it is durable."""
+    """Reply to whatever has nothing else to say: it is durable."""
 
     kind: Literal["done"] = "done"
 
@@ -291,9 +359,18 @@ class StatReply(Message):
     counts: dict[str, int | float | str]
 
 
+class Rows(Message):
+    """Reply to peek: a table."""
+
+    kind: Literal["rows"] = "rows"
+    columns: list[Name]
+    rows: list[list[int | float | str | None]]
+
+
 AnyMessage = (
-    Hello | Stat | LeaseRequest | StoreEpisode | Heartbeat | Release | Goodbye | Resume | PlaceOrders | Fetch | Commit
-    | SnapshotNotice | Welcome | Leases | Stored | Refused | Alive | Done | GroupReady | NoGroup | StatReply
+    Hello | Stat | LeaseRequest | StoreEpisode | Heartbeat | Release | Goodbye | Resume | PlaceOrders | Fetch | Trained
+    | Quarantine | Commit | SnapshotNotice | Peek | Show | Requeue | Purge | Drain | Welcome | Leases | Stored | Refused
+    | Alive | Done | GroupReady | NoGroup | StatReply | Rows
 )  # fmt: skip
 _ADAPTER: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])
 

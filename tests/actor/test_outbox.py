@@ -24,7 +24,7 @@ class Broker:
 
     async def request(self, asked, payload):
         self.seen.append(asked.episode)
-        answer = self.answers.pop(0) if self.answers else Stored(episode=asked.episode)
+        answer = self.answers.pop(0) if self.answers else Stored(episode=asked.episode, durability="x")
         if isinstance(answer, Exception):
             raise answer
         return answer, b""

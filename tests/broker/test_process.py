@@ -126,18 +126,18 @@ def test_the_public_names_of_matpo_load_on_first_use() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.8.9.1"])
 def test_loopback_needs_no_permission(host: str) -> None:
-    assert address_of(BrokerSettings(host=host)).startswith("127.")
+    assert address_of(BrokerSettings(host=host), may_leave_loopback=False).startswith("127.")
 
 
-def test_beyond_loopback_needs_insecure_to_be_said() -> None:
-    with pytest.raises(ConfigError, match=r"broker\.insecure = true"):
-        address_of(BrokerSettings(host="0.0.0.0"))
-    assert address_of(BrokerSettings(host="0.0.0.0", insecure=True)) == "0.0.0.0"
+def test_beyond_loopback_needs_keys_or_insecure_to_be_said() -> None:
+    with pytest.raises(ConfigError, match="--insecure"):
+        address_of(BrokerSettings(host="0.0.0.0"), may_leave_loopback=False)
+    assert address_of(BrokerSettings(host="0.0.0.0"), may_leave_loopback=True) == "0.0.0.0"
 
 
 def test_a_host_that_does_not_resolve_is_named() -> None:
     with pytest.raises(SetupError, match=r"no-such-host\.invalid"):
-        address_of(BrokerSettings(host="no-such-host.invalid"))
+        address_of(BrokerSettings(host="no-such-host.invalid"), may_leave_loopback=False)
 
 
 @pytest.mark.processes

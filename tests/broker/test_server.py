@@ -31,12 +31,12 @@ GARBAGE = {
     "not msgpack": [b"\xc1\xff", b""],
     "a list": [msgpack.packb([1, 2]), b""],
     "deep nesting": [b"\x91" * 100_000, b""],
-    "wrong version": [msgpack.packb({"v": 2, "seq": 1, "kind": "stat"}), b""],
-    "unknown kind": [msgpack.packb({"v": 1, "seq": 1, "kind": "rm"}), b""],
-    "missing field": [msgpack.packb({"v": 1, "seq": 1, "kind": "lease"}), b""],
+    "wrong version": [msgpack.packb({"v": 1, "seq": 1, "kind": "stat"}), b""],
+    "unknown kind": [msgpack.packb({"v": 2, "seq": 1, "kind": "rm"}), b""],
+    "missing field": [msgpack.packb({"v": 2, "seq": 1, "kind": "lease"}), b""],
     "huge length": [b"\xdd\xff\xff\xff\xff", b""],
-    "a bool for seq": [msgpack.packb({"v": 1, "seq": True, "kind": "x"}), b""],
-    "a reply": [msgpack.packb({"v": 1, "seq": 1, "kind": "done"}), b""],
+    "a bool for seq": [msgpack.packb({"v": 2, "seq": True, "kind": "x"}), b""],
+    "a reply": [msgpack.packb({"v": 2, "seq": 1, "kind": "done"}), b""],
 }
 
 
@@ -118,7 +118,7 @@ def test_an_episode_sent_twice_is_stored_once(broker: Any) -> None:
 
 
 def test_an_episode_for_a_lost_lease_is_refused(make_broker: Callable[..., Any]) -> None:
-    broker = make_broker(lease_s=0.2, heartbeat_s=0.1)
+    broker = make_broker(lease_s=0.2, heartbeat_s=0.05)
     broker.learner(order(0))
     slow, quick = broker.actor(), broker.actor(incarnation="i2")
     lost = lease_of(slow)

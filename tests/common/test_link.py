@@ -16,9 +16,16 @@ from matpo.link import Link
 
 HELLO = wire.Hello(peer="actor", name="a", incarnation="i", run="r", schema_version=1)
 WELCOME = wire.Welcome(
-    epoch=1, heartbeat_s=1.0, lease_s=9.0, snapshot_version=-1, durability="x", max_payload_bytes=100
+    epoch=1,
+    heartbeat_s=1.0,
+    lease_s=9.0,
+    snapshot_version=-1,
+    durability="x",
+    max_payload_bytes=100,
+    window_bytes=100,
+    window_episodes=9,
 )
-STORED = wire.Stored(episode="g-0.0.0")
+STORED = wire.Stored(episode="g-0.0.0", durability="x")
 TASK = wire.OrderedTask(id="t", environment="e", question="q")
 LEASES = wire.Leases(leases=[wire.Lease(lease="l-1", group="g-0", member=0, attempt=0, task=TASK)])
 
@@ -89,7 +96,7 @@ async def test_a_reply_finds_its_request_in_any_order(router: Router, link: Link
     second = asyncio.create_task(link.request(wire.Stat()))
     two = await router.next("stat")
     await router.reply(*two, wire.StatReply(counts={}))
-    await router.reply(*one, wire.Alive(lost=[], snapshot_version=3))
+    await router.reply(*one, wire.Alive(lost=[], snapshot_version=3, window_bytes=1, window_episodes=1))
     assert ((await first)[0].kind, (await second)[0].kind) == ("alive", "stats")
 
 

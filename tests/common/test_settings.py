@@ -102,7 +102,7 @@ def test_a_malformed_override_is_refused(write, override: str) -> None:
     [
         (["learner.num_minibatches=2"], "decoupled_ppo"),
         (["learner.max_lag_versions=9"], "drop_lag_versions >= 9"),
-        (["broker.lease_s=6"], "lease_s >= 10"),
+        (["broker.lease_s=6"], "lease_s >= 15"),
         (["broker.learner_port=5710"], "Give each its own"),
         (["sampling.temperature=0.7"], "importance ratios would be wrong"),
         (["rollout.root=boss"], "is no role of this file"),

@@ -140,6 +140,8 @@ class ScriptedBroker:
                 snapshot_version=-1,
                 durability="none",
                 max_payload_bytes=1 << 20,
+                window_bytes=1 << 20,
+                window_episodes=64,
             ), b""
         if isinstance(message, wire.Fetch):
             if self.refuse is not None:
