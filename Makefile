@@ -3,6 +3,8 @@
 #   make test               all tests
 #   make check              the fast gate: lint, types, import rules, unit tests
 #   make bench              the figures of docs/benchmarks.md
+#   make soak               the fault tests in their long sizes
+#   make tools              redis-server and strace (Debian's packages), for some of the tests and benchmarks
 #   make clean              removes what these targets installed and cached; runs/ stays
 
 PYTHON ?= python3
@@ -11,13 +13,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench clean install install-vllm format
+.PHONY: demo test check bench clean install install-vllm tools format soak
 
 demo: install $(if $(filter vllm,$(ENGINE)),install-vllm)
 	$(BIN)/matpo demo --engine $(ENGINE)
 
 test: install install-vllm
 	$(BIN)/pytest
+
+soak: install
+	MATPO_SOAK=1 $(BIN)/pytest -q tests/fault
 
 check: install
 	$(BIN)/ruff check .
@@ -26,7 +31,7 @@ check: install
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -q -m "not processes and not vllm and not gpu"
 
-bench: install install-vllm
+bench: install install-vllm tools
 	$(BIN)/matpo bench all
 
 format: install
@@ -38,6 +43,16 @@ clean:
 
 install: .make/installed
 install-vllm: .make/installed-vllm
+
+SUDO := $(shell test "$$(id -u)" = 0 || command -v sudo)
+
+# Debian's packages; elsewhere install them by hand. Tests that need one skip without it, except in .ci/run.
+tools:
+	@missing=""; for tool in redis-server strace; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if test -z "$$missing"; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then echo "install by hand:$$missing" >&2; exit 3; fi; \
+	if test "$$(id -u)" != 0 && test -z "$(SUDO)"; then echo "as root: apt-get install$$missing" >&2; exit 3; fi; \
+	$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $$missing
 
 # torch goes first and by its exact version, so that a CPU build that is at hand is taken.
 .make/installed: pyproject.toml constraints.txt

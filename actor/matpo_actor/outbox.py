@@ -4,6 +4,7 @@ Rules kept here; each has a test in tests/actor/test_outbox.py:
 1. An episode leaves only when the broker has stored it, or says that it never will.
 2. No answer, or "later", means: send again. Sending twice is safe, the broker stores a member once.
 3. Above `max_bytes` the outbox is full; the actor then takes no new leases.
+4. Not more is on its way than the broker's window says; one episode always may be.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Outbox:
         self._on_change = on_change
         self._on_refused = on_refused
         self._items: dict[str, tuple[StoreEpisode, bytes]] = {}
+        self._window = (max_bytes, NUM_SENDERS)  # bytes and episodes
+        self._sent_bytes = self._num_sent = 0  # and not answered yet
+        self._room = asyncio.Condition()
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -63,6 +67,10 @@ class Outbox:
     def is_full(self) -> bool:
         """Whether the actor should stop taking leases."""
         return self.num_bytes >= self._max_bytes
+
+    def set_window(self, num_bytes: int, num_episodes: int) -> None:
+        """The broker's credit: what may be on its way without an answer. Counts from the next send on."""
+        self._window = (num_bytes, num_episodes)
 
     def put(self, message: StoreEpisode, payload: bytes) -> None:
         """Take a finished episode."""
@@ -95,8 +103,24 @@ class Outbox:
 
     async def _send_all(self) -> None:
         while True:
-            episode = await self._waiting.get()
-            await self._send(*self._items[episode])
+            message, payload = self._items[await self._waiting.get()]
+            async with self._room:
+                while not self._has_room(len(payload)):
+                    await self._room.wait()
+                self._sent_bytes += len(payload)
+                self._num_sent += 1
+            try:
+                await self._send(message, payload)
+            finally:
+                self._sent_bytes -= len(payload)
+                self._num_sent -= 1
+            async with self._room:
+                self._room.notify_all()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        max_bytes, max_episodes = self._window
+        fits = self._sent_bytes + num_bytes <= max_bytes and self._num_sent < max_episodes
+        return fits or self._num_sent == 0
 
     async def _send(self, message: StoreEpisode, payload: bytes) -> None:
         while True:

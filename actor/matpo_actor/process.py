@@ -27,6 +27,7 @@ from matpo.link import Link
 from matpo.metrics import Metrics
 from matpo.plugins import Environment, load_environment
 from matpo.schema import SCHEMA_VERSION, encode
+from matpo.security import client_keys
 from matpo.settings import RunFile
 from matpo.snapshot import fingerprint
 from matpo_actor import engines
@@ -111,7 +112,7 @@ class _Actor:
             model=model,
         )
         self.endpoint = f"tcp://{run_file.broker.host}:{run_file.broker.actor_port}"
-        self.link = Link(self.endpoint, hello, on_notice=self._on_notice)
+        self.link = Link(self.endpoint, hello, on_notice=self._on_notice, keys=client_keys(run_file, "actor"))
         self.follower = Follower(
             run_file.snapshot_folder, engine, model, poll_s=run_file.actor.snapshot_poll_s, metrics=metrics
         )
@@ -172,6 +173,7 @@ class _Actor:
                 log.warning("actor.waiting", waits_for="broker", endpoint=self.endpoint, do="start matpo-broker")
                 await self.link.close()
             else:
+                self.outbox.set_window(welcome.window_bytes, welcome.window_episodes)
                 log.info("actor.connected", endpoint=self.endpoint, durability=welcome.durability)
                 return welcome
 
@@ -301,6 +303,7 @@ class _Actor:
             num_bytes=len(payload),
             crc32c=wire.crc32c(payload),
             num_tokens=sum(s.num_tokens for s in episode.segments),
+            min_version=episode.min_version,
             environment=episode.task.environment,
         )
         self.metrics.observe("episode_seconds", episode.wall_s)
@@ -342,6 +345,7 @@ class _Actor:
             await asyncio.sleep(every_s)
 
     def _on_alive(self, alive: wire.Alive) -> None:
+        self.outbox.set_window(alive.window_bytes, alive.window_episodes)
         if alive.snapshot_version > self.engine.version:
             self.follower.notice(alive.snapshot_version)
         for lease in alive.lost:

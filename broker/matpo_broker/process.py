@@ -18,39 +18,46 @@ from matpo import __version__, logs
 from matpo.errors import ConfigError, JournalError, SetupError
 from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings, RunFile
-from matpo_broker.journal import Journal, record_end
-from matpo_broker.ledger import Ledger, Rules
+from matpo_broker.clock import PatientClock
+from matpo_broker.gate import Gate, raise_file_limit
+from matpo_broker.ledger import Rules
 from matpo_broker.server import Server
-from matpo_broker.tables import LEDGER_NAME
+from matpo_broker.store import Store
 
 log = logs.get()
 
 
 def run(run_file: RunFile, *, insecure: bool = False) -> None:
-    """Serve a run until SIGTERM or SIGINT. Raises ConfigError, SetupError or JournalError when it cannot."""
+    """Serve a run until SIGTERM or SIGINT. Raises ConfigError, SetupError or JournalError when it cannot.
+
+    `insecure`: other machines may connect without keys.
+    """
     logs.configure(run_file.log, process="broker")
-    settings = run_file.broker
-    address = address_of(settings, may_leave_loopback=insecure)
+    settings, security = run_file.broker, run_file.security
+    raise_file_limit()
+    address = address_of(settings, may_leave_loopback=insecure or security.keys is not None)
     metrics = Metrics("broker")
+    clock = PatientClock(time.monotonic)
+    gate = Gate(security.keys, metrics)
     try:
-        journal, ledger = open_store(run_file, metrics, now_s=time.monotonic())
+        store = Store(run_file.journal_folder, rules_of(run_file), settings, metrics, now_s=clock())
     except (OSError, sqlite3.Error) as error:
         raise SetupError(f"cannot open the journal in {run_file.journal_folder}: {error}") from error
-    server = Server(settings, ledger, journal, metrics, clock=time.monotonic)
+    server = Server(settings, store, gate, metrics, clock=clock)
     try:
         actors, learner = server.bind(address, actor_port=settings.actor_port, learner_port=settings.learner_port)
         if run_file.metrics.broker_port:
             metrics.serve(run_file.metrics.host, run_file.metrics.broker_port)
         _stop_on_signals(server)
-        counts = ledger.counts()
+        counts = store.ledger.counts()
         log.info(
             "broker ready", actors=actors, learner=learner, run=run_file.run.name, release=__version__,
-            pid=os.getpid(), durability=settings.durability, orders=counts["orders"],
-            episodes=counts["episodes_stored"], epoch=counts["epoch"],
+            pid=os.getpid(), durability=settings.durability, keys=str(security.keys or "none"),
+            orders=counts["orders"], episodes=counts["episodes_stored"], epoch=counts["epoch"],
         )  # fmt: skip
         server.serve()
     except (OSError, sqlite3.Error) as error:
-        server.close(linger_s=0)
+        server.close(linger_s=0)  # the store is not closed: what the kernel still holds of it cannot be believed
         raise JournalError(
             f"the journal in {run_file.journal_folder} cannot be written: {error}. Nothing more was acknowledged. "
             "Mend the disk and start the broker again: all it acknowledged is kept.",
@@ -60,33 +67,22 @@ def run(run_file: RunFile, *, insecure: bool = False) -> None:
         server.close(linger_s=0)
         raise
     server.close()
-    ledger.close()
-    journal.close()
+    store.close()
     log.info("broker stopped", run=run_file.run.name)
 
 
-def open_store(run_file: RunFile, metrics: Metrics, *, now_s: float) -> tuple[Journal, Ledger]:
-    """Lock the journal folder, open ledger and payload files, and cut what was never acknowledged."""
-    settings, folder = run_file.broker, run_file.journal_folder
-    journal = Journal(folder, file_bytes=settings.journal_file_bytes)
-    rules = Rules(
+def rules_of(run_file: RunFile) -> Rules:
+    """What the run file says about the broker's decisions."""
+    settings = run_file.broker
+    return Rules(
         run=run_file.run.name,
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
+        max_lease_losses=settings.max_lease_losses,
+        max_deliveries=settings.max_deliveries,
+        max_order_age_s=settings.max_order_age_s,
         credit_bytes=settings.credit_bytes,
     )
-    ledger = Ledger(folder / LEDGER_NAME, rules, metrics, now_s=now_s)
-    if ledger.counts()["orders"] == 0 and journal.num_bytes > 0:
-        raise JournalError(
-            f"{folder} has payload files, but its ledger is empty. Restore {LEDGER_NAME}, or use another run.folder.",
-            reason="ledger",
-        )
-    ends = {row.location.file: record_end(row.episode, row.location) for row in ledger.last_records()}
-    if cut := journal.recover(ends):
-        log.info("journal.recovered", cut_bytes=cut)
-    for number in journal.missing(ends):
-        log.error("journal.damaged", reason="torn", file=number)
-    return journal, ledger
 
 
 def address_of(settings: BrokerSettings, *, may_leave_loopback: bool) -> str:

@@ -8,32 +8,53 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from matpo.errors import JournalError
+from matpo.errors import JournalError, SetupError
 
-FORMAT = 1
+FORMAT = 2
 LEDGER_NAME = "ledger.sqlite"
+MIN_SQLITE = (3, 35)  # RETURNING
 
+# Without spilling, only a commit can find the disk full, never a statement before it.
+_PRAGMAS = (
+    "journal_mode = WAL", "synchronous = FULL", "busy_timeout = 5000", "cache_size = -16384", "cache_spill = OFF",
+    "temp_store = MEMORY",
+)  # fmt: skip
 _TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
-CREATE TABLE learners(epoch INTEGER PRIMARY KEY, incarnation TEXT NOT NULL UNIQUE, name TEXT NOT NULL);
--- state: open (members missing), whole, dropped (given up: `reason`). delivered: epoch that has it. task: msgpack.
+-- clean: it said goodbye. Otherwise it died, and what was in its hands is under suspicion.
+CREATE TABLE learners(epoch INTEGER PRIMARY KEY, incarnation TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
+  clean INTEGER NOT NULL DEFAULT 0);
+-- state: open (members missing), whole, dropped (given up: `reason`), quarantined (set aside: `reason`, payloads kept).
+-- delivered: epoch that has it. trained: it went through an update. strikes: learners that died with it. task: msgpack.
+-- min_version: oldest policy version of a sampled token of its stored episodes.
 CREATE TABLE orders(idx INTEGER PRIMARY KEY, grp TEXT NOT NULL UNIQUE, group_size INTEGER NOT NULL, task BLOB NOT NULL,
   state TEXT NOT NULL DEFAULT 'open', reason TEXT NOT NULL DEFAULT '', owner TEXT,
-  num_stored INTEGER NOT NULL DEFAULT 0, num_bytes INTEGER NOT NULL DEFAULT 0, delivered INTEGER,
+  num_stored INTEGER NOT NULL DEFAULT 0, num_bytes INTEGER NOT NULL DEFAULT 0, num_tokens INTEGER NOT NULL DEFAULT 0,
+  min_version INTEGER, delivered INTEGER, trained INTEGER NOT NULL DEFAULT 0, strikes INTEGER NOT NULL DEFAULT 0,
   consumed INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX waiting ON orders(idx) WHERE consumed = 0 AND delivered IS NULL;
--- members without an episode. `attempt` counts hand-outs, `failures` those that ended badly.
+CREATE INDEX owned ON orders(owner, idx) WHERE state = 'open' AND consumed = 0;
+-- members without an episode. `attempt` counts hand-outs, `failures` those that ended badly, `timeouts` those that the
+-- actor let run out.
 CREATE TABLE members(idx INTEGER NOT NULL, member INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
-  failures INTEGER NOT NULL DEFAULT 0, lease TEXT UNIQUE, actor TEXT, PRIMARY KEY(idx, member)) WITHOUT ROWID;
+  failures INTEGER NOT NULL DEFAULT 0, timeouts INTEGER NOT NULL DEFAULT 0, lease TEXT UNIQUE, actor TEXT,
+  PRIMARY KEY(idx, member)) WITHOUT ROWID;
 -- file is NULL once the payload was deleted.
 CREATE TABLE episodes(idx INTEGER NOT NULL, member INTEGER NOT NULL, attempt INTEGER NOT NULL, episode TEXT NOT NULL,
-  lease TEXT NOT NULL, actor TEXT NOT NULL, num_tokens INTEGER NOT NULL, file INTEGER, offset INTEGER NOT NULL,
-  num_bytes INTEGER NOT NULL, crc32c INTEGER NOT NULL, PRIMARY KEY(idx, member)) WITHOUT ROWID;
+  lease TEXT NOT NULL, actor TEXT NOT NULL, environment TEXT NOT NULL, num_tokens INTEGER NOT NULL, file INTEGER,
+  offset INTEGER NOT NULL, num_bytes INTEGER NOT NULL, crc32c INTEGER NOT NULL, PRIMARY KEY(idx, member)) WITHOUT ROWID;
 CREATE INDEX by_lease ON episodes(lease);
-CREATE INDEX by_file ON episodes(file) WHERE file IS NOT NULL;
+CREATE INDEX by_file ON episodes(file, offset) WHERE file IS NOT NULL;
+-- sealed payload files: nothing is appended to them any more. crc32c is of the whole file.
+CREATE TABLE files(number INTEGER PRIMARY KEY, num_bytes INTEGER NOT NULL, crc32c INTEGER NOT NULL);
+CREATE TABLE commits(checkpoint TEXT NOT NULL, epoch INTEGER NOT NULL, consumed_below INTEGER NOT NULL,
+  oldest_kept_below INTEGER NOT NULL, PRIMARY KEY(checkpoint, epoch));
+-- what `compact` pruned: orders with an index below meta's compacted_below.
+CREATE TABLE history(state TEXT NOT NULL, reason TEXT NOT NULL, groups INTEGER NOT NULL, episodes INTEGER NOT NULL,
+  tokens INTEGER NOT NULL, PRIMARY KEY(state, reason)) WITHOUT ROWID;
 """
 
 
@@ -70,13 +91,21 @@ class Accounting:
     delivered: Sequence[str]  # the learner has it, no checkpoint covers it yet
     committed: Sequence[str]  # a checkpoint of the learner covers it
     dropped: Mapping[str, str]  # group -> why it was given up
+    quarantined: Mapping[str, str] = field(default_factory=dict)  # group -> why it was set aside
 
 
 def connect(path: Path | str, run: str) -> sqlite3.Connection:
-    """Open the ledger for writing, made first if it is not there. Raises JournalError: damaged, or of another run."""
-    db = sqlite3.connect(path, isolation_level=None)
+    """Open the ledger for writing, made first if it is not there. Raises JournalError: damaged, or of another run.
+
+    Any thread may use the connection, never two at once: the broker commits in a thread of its own.
+    """
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise SetupError(
+            f"this Python has SQLite {sqlite3.sqlite_version}, want {'.'.join(map(str, MIN_SQLITE))}. Use a newer one."
+        )
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 5000"):
+        for pragma in _PRAGMAS:
             db.execute(f"PRAGMA {pragma}")
         if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
             first = {"format": FORMAT, "journal": secrets.token_hex(4), "run": run}
@@ -139,6 +168,7 @@ def accounting(folder: Path) -> Accounting:
         delivered=[group for group, *_, delivered, consumed in orders if delivered is not None and not consumed],
         committed=[group for group, *_, consumed in orders if consumed],
         dropped={group: reason for group, _, state, reason, *_ in orders if state == "dropped"},
+        quarantined={group: reason for group, _, state, reason, *_ in orders if state == "quarantined"},
     )
 
 

@@ -47,8 +47,17 @@ TABLE: dict[Process, dict[str, Spec]] = {
         "orders_open": Spec(Gauge, "Orders whose group is not whole yet"),
         "leases": Spec(Gauge, "Members that actors hold"),
         "lease_losses_total": Spec(Counter, "Leases lost, by reason", ("reason",)),
-        "groups_dropped_total": Spec(Counter, "Groups given up, by reason", ("reason",)),
+        "groups_dropped_total": Spec(
+            Counter, "Groups given up, by reason and mean tokens per episode", ("reason", "tokens")
+        ),
+        "groups_quarantined_total": Spec(Counter, "Groups set aside, by reason: deliveries, invalid", ("reason",)),
         "actors": Spec(Gauge, "Actors that are connected"),
+        "durability": Spec(Gauge, "1 for the policy that acknowledgements follow", ("policy",)),
+        "disk_full": Spec(Gauge, "1 while episodes are refused because the disk is full"),
+        "disk_free_bytes": Spec(Gauge, "Bytes free where the journal lies"),
+        "journal_errors_total": Spec(Counter, "Damage found in payload files, by reason", ("reason",)),
+        "replies_undeliverable_total": Spec(Counter, "Replies to peers that went or do not read; they ask again"),
+        "connections_total": Spec(Counter, "Connections, by event: accepted, handshake_succeeded, ...", ("event",)),
     },
     "actor": {
         "episodes_total": Spec(Counter, "Episodes played, by outcome", ("outcome",)),
@@ -94,6 +103,7 @@ class Metrics:
     def __init__(self, process: Process) -> None:
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        self._counters: dict[tuple[str, ...], Counter] = {}  # with their labels: the busiest are counted per message
         for name, spec in TABLE[process].items():
             full = f"matpo_{process}_{name}"
             if spec.kind is Histogram:
@@ -105,7 +115,10 @@ class Metrics:
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
-        _labelled(self._find(name, Counter), labels).inc(amount)
+        key = (name, *labels.values())
+        if key not in self._counters:
+            self._counters[key] = _labelled(self._find(name, Counter), labels)
+        self._counters[key].inc(amount)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""

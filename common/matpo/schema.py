@@ -309,7 +309,7 @@ def _build(rows: Mapping[str, list[Any]], tokens: Mapping[str, list[NDArray[Any]
 def _parse(column: str, text: str, shape: Callable[[Any], _Checked]) -> _Checked:
     try:
         value = json.loads(text, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate is no text
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogates, no 1e999
         return shape(value)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise EpisodeError(f"{column} is not the JSON we expect: {error}", reason="json") from None

@@ -11,24 +11,36 @@ Whatever is wrong with received bytes is one error: ProtocolError, with a stable
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence, Sized
+from typing import Annotated, Any, Literal, TypeVar
 
 import google_crc32c
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from matpo.errors import ProtocolError
 
 WIRE_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_LIST = 65536
+MAX_FIELDS = 64  # of one message, and many more than any has
+MAX_COUNTS = 4096
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Short = Annotated[str, Field(max_length=1024)]
 Natural = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Version = Annotated[int, Field(ge=-1, lt=2**53)]
+Cell = int | float | str | None
+Item = TypeVar("Item")
+# The first bad item refuses the list: one error for each of a million items would take gigabytes.
+Many = Annotated[list[Item], FailFast()]
+
+
+def _few(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_COUNTS:
+        raise ValueError(f"{len(value)} counts, at most {MAX_COUNTS}")
+    return value
 
 
 class Message(BaseModel):
@@ -137,7 +149,7 @@ class Heartbeat(Message):
     """Renew leases. The reply names those that are lost."""
 
     kind: Literal["heartbeat"] = "heartbeat"
-    leases: Annotated[list[Name], Field(max_length=MAX_LIST)]
+    leases: Annotated[Many[Name], Field(max_length=MAX_LIST)]
     policy_version: Version
 
 
@@ -145,7 +157,7 @@ class Release(Message):
     """Give leases back. `infra`: a failure that counts against the member's attempts; otherwise none is counted."""
 
     kind: Literal["release"] = "release"
-    leases: Annotated[list[Name], Field(max_length=MAX_LIST)]
+    leases: Annotated[Many[Name], Field(max_length=MAX_LIST)]
     infra: bool
     reason: Short
 
@@ -169,7 +181,7 @@ class Resume(Message):
     epoch: Natural
     checkpoint: Short
     consumed_below: Natural
-    consumed: Annotated[list[Natural], Field(max_length=MAX_LIST)]
+    consumed: Annotated[Many[Natural], Field(max_length=MAX_LIST)]
 
 
 class PlaceOrders(Message):
@@ -177,7 +189,7 @@ class PlaceOrders(Message):
 
     kind: Literal["orders"] = "orders"
     epoch: Natural
-    orders: Annotated[list[Order], Field(max_length=4096)]
+    orders: Annotated[Many[Order], Field(max_length=4096)]
 
 
 class Fetch(Message):
@@ -202,7 +214,7 @@ class Trained(Message):
 
     kind: Literal["trained"] = "trained"
     epoch: Natural
-    indices: Annotated[list[Natural], Field(max_length=MAX_LIST)]
+    indices: Annotated[Many[Natural], Field(max_length=MAX_LIST)]
 
 
 class Quarantine(Message):
@@ -221,7 +233,7 @@ class Commit(Message):
     epoch: Natural
     checkpoint: Name
     consumed_below: Natural
-    consumed: Annotated[list[Natural], Field(max_length=MAX_LIST)]
+    consumed: Annotated[Many[Natural], Field(max_length=MAX_LIST)]
     oldest_kept_below: Natural = 0  # consumed_below of the oldest checkpoint that is kept
 
 
@@ -256,14 +268,14 @@ class Requeue(Message):
     """Put quarantined groups back into the stream. Refused when a checkpoint of the learner covers one."""
 
     kind: Literal["requeue"] = "requeue"
-    groups: Annotated[list[Name], Field(max_length=4096)]
+    groups: Annotated[Many[Name], Field(max_length=4096)]
 
 
 class Purge(Message):
     """Let the payloads of quarantined groups go."""
 
     kind: Literal["purge"] = "purge"
-    groups: Annotated[list[Name], Field(max_length=4096)]
+    groups: Annotated[Many[Name], Field(max_length=4096)]
 
 
 class Drain(Message):
@@ -294,7 +306,7 @@ class Leases(Message):
     """Reply to lease. Empty: nothing to do now; `paused` says why if the broker holds actors back."""
 
     kind: Literal["leases"] = "leases"
-    leases: list[Lease]
+    leases: Many[Lease]
     paused: Short = ""
 
 
@@ -320,7 +332,7 @@ class Alive(Message):
     """Reply to heartbeat: which leases are lost, the newest snapshot, and the credit of now (see Welcome)."""
 
     kind: Literal["alive"] = "alive"
-    lost: list[Name]
+    lost: Many[Name]
     snapshot_version: Version
     window_bytes: Natural
     window_episodes: Natural
@@ -338,7 +350,7 @@ class GroupReady(Message):
     kind: Literal["group"] = "group"
     group: Name
     index: Natural
-    episodes: list[DeliveredEpisode]
+    episodes: Many[DeliveredEpisode]
     dropped: Short = ""
 
 
@@ -356,15 +368,15 @@ class StatReply(Message):
     """Counts of everything, flat."""
 
     kind: Literal["stats"] = "stats"
-    counts: dict[str, int | float | str]
+    counts: Annotated[dict[str, int | float | str], BeforeValidator(_few)]
 
 
 class Rows(Message):
     """Reply to peek: a table."""
 
     kind: Literal["rows"] = "rows"
-    columns: list[Name]
-    rows: list[list[int | float | str | None]]
+    columns: Many[Name]
+    rows: Many[Many[Cell]]
 
 
 AnyMessage = (
@@ -375,8 +387,8 @@ AnyMessage = (
 _ADAPTER: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])
 
 
-def crc32c(data: bytes | memoryview) -> int:
-    """CRC32C (Castagnoli) of the bytes, as an unsigned 32-bit number."""
+def crc32c(data: Sized) -> int:
+    """CRC32C (Castagnoli) of the bytes of anything that shows them, as an unsigned 32-bit number."""
     return int(google_crc32c.value(bytes(data) if isinstance(data, memoryview) else data))
 
 
@@ -396,16 +408,26 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[AnyMessage, bytes | me
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {len(header)} bytes, at most {MAX_HEADER_BYTES}", reason="header_size")
     fields = _unpack(header)
-    if fields.pop("v", None) != WIRE_VERSION:
+    version = fields.pop("v", None)
+    if type(version) is not int or version != WIRE_VERSION:
+        del fields, version  # an error lives longer than this call, and its traceback with all that stands here
         raise ProtocolError(
             f"wire version differs from {WIRE_VERSION}. Run the same release everywhere.", reason="version"
         )
+    kind = fields.get("kind")
+    if not isinstance(kind, str) or len(fields) > MAX_FIELDS:
+        num_fields = len(fields)
+        del fields, kind
+        raise ProtocolError(f"a message of {num_fields} fields, or without a kind", reason="fields")
     try:
         return _ADAPTER.validate_python(fields), payload
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ProtocolError(f"{fields.get('kind')!r} message: {where}: {first['msg']}", reason="fields") from None
+        # Names in it are the peer's; so is their length.
+        problem = f"{kind[:64]!r} message: {where[:256]}: {first['msg'][:256]}"
+    del fields
+    raise ProtocolError(problem, reason="fields")
 
 
 def peek_seq(frames: Sequence[bytes | memoryview]) -> int:
@@ -417,8 +439,11 @@ def peek_seq(frames: Sequence[bytes | memoryview]) -> int:
     return seq if type(seq) is int and 0 <= seq < 2**53 else 0  # a bool is an int, and no seq
 
 
-def check_payload(message: StoreEpisode | DeliveredEpisode, payload: bytes | memoryview) -> None:
-    """Raise ProtocolError (payload_size | payload_hash) unless length and CRC32C are what the header says."""
+def check_payload(message: StoreEpisode | DeliveredEpisode, payload: Sized) -> None:
+    """Raise ProtocolError (payload_size | payload_hash) unless length and CRC32C are what the header says.
+
+    `payload` is bytes, or anything else that shows its bytes; a memoryview is copied for its hash.
+    """
     if len(payload) != message.num_bytes:
         raise ProtocolError(f"payload of {len(payload)} bytes, header says {message.num_bytes}", reason="payload_size")
     if crc32c(payload) != message.crc32c:
@@ -426,22 +451,31 @@ def check_payload(message: StoreEpisode | DeliveredEpisode, payload: bytes | mem
 
 
 def _unpack(header: bytes | memoryview) -> dict[str, Any]:
+    problem = ""
     try:
+        claims = msgpack.Unpacker(read_size=len(header) or 1, max_buffer_size=MAX_HEADER_BYTES)
+        claims.feed(header)
+        claims.skip()  # builds nothing; below msgpack 1.1 makes room for all that is claimed, 500 MB for 3 kB
         fields = msgpack.unpackb(
             header,
             raw=False,
             strict_map_key=True,
             object_pairs_hook=_no_duplicate_keys,
-            max_ext_len=0,
+            ext_hook=_no_extensions,
+            max_ext_len=0,  # which still lets empty ones pass
             max_array_len=MAX_LIST,
             max_map_len=MAX_LIST,
         )
     # msgpack raises its own errors, ValueError (extra data, limits) and RecursionError-like StackError: all garbage.
     except (msgpack.UnpackException, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ProtocolError(f"header is not the msgpack we expect: {error}", reason="header") from None
-    if not isinstance(fields, dict):
-        raise ProtocolError(f"header is a {type(fields).__name__}, want a map", reason="header")
-    return fields
+        fields, problem = None, str(error)[:256] or type(error).__name__
+    if problem:
+        raise ProtocolError(f"header is not the msgpack we expect: {problem}", reason="header")
+    if isinstance(fields, dict):
+        return fields
+    kind = type(fields).__name__
+    del fields
+    raise ProtocolError(f"header is a {kind}, want a map", reason="header")
 
 
 def _no_duplicate_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -449,3 +483,7 @@ def _no_duplicate_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     if len(result) != len(pairs):
         raise ValueError("duplicate key")
     return result
+
+
+def _no_extensions(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code}")

@@ -24,6 +24,7 @@ from matpo import logs, schema, wire
 from matpo.episode import Episode, Group
 from matpo.errors import DataError, EpisodeError, ProtocolError, RefusedError, TryAgainError
 from matpo.link import Link
+from matpo.security import ClientKeys
 from matpo_learner.orders import Book, OrderStream
 
 FETCH_WAIT_S = 2.0
@@ -104,8 +105,10 @@ class Inbox:
         vocab_size: int,
         prefetch: int,
         group_timeout_s: float,
+        keys: ClientKeys | None = None,
     ) -> None:
         self.published = -1  # newest version that a token may be stamped with; the learner raises it
+        self.min_version = -1  # oldest version that is not too stale to train on; the learner raises it
         self.epoch = 0
         self._stream = stream
         self._group_size = group_size
@@ -114,6 +117,7 @@ class Inbox:
         self._group_timeout_s = group_timeout_s
         self._hello = hello
         self._endpoint = endpoint
+        self._keys = keys
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
         self._started: Future[wire.Welcome] = Future()
@@ -125,6 +129,7 @@ class Inbox:
         self._failure: BaseException | None = None
         self._idle: wire.NoGroup | None = None  # why the broker had nothing
         self._unreachable = False
+        self._trouble = ""
         self._wait_began_s: float | None = None
         self._next_warning_s = FIRST_WARNING_S
 
@@ -173,6 +178,18 @@ class Inbox:
         """Tell of a snapshot, and accept tokens of its version."""
         self._post(wire.SnapshotNotice(epoch=self.epoch, version=version))
 
+    def trained(self, indices: Sequence[int]) -> None:
+        """Say that these groups went through an update: they do no harm."""
+        self._post(wire.Trained(epoch=self.epoch, indices=list(indices)))
+
+    def quarantine(self, group: str, reason: str) -> None:
+        """Ask the broker to set a group aside whose content is invalid."""
+        self._post(wire.Quarantine(epoch=self.epoch, group=group, reason=reason))
+
+    def say_goodbye(self) -> None:
+        """The last message: this learner ends in order."""
+        self._post(wire.Goodbye())
+
     def take(self, timeout_s: float) -> Delivery | None:
         """The waiting group with the lowest index; None when none came in time. Raises what ended the thread."""
         with self._changed:
@@ -214,7 +231,7 @@ class Inbox:
         """In words, who has to move before the next group can come."""
         idle = self._idle
         if self._unreachable or idle is None:
-            return f"the broker at {self._endpoint}: it does not answer. Start matpo-broker."
+            return f"the broker at {self._endpoint}: {self._trouble or 'it has not answered yet. Start matpo-broker.'}"
         if idle.actors == 0:
             return f"actors: none is connected, {idle.members_open} members are ordered. Start matpo-actor."
         if idle.members_leased:
@@ -263,7 +280,7 @@ class Inbox:
             await self._link.close()
 
     async def _connect(self) -> wire.Welcome:
-        link = Link(self._endpoint, self._hello)
+        link = Link(self._endpoint, self._hello, keys=self._keys)
         try:
             welcome = await link.connect(timeout_s=CONNECT_S)
         except BaseException:  # also when cancelled
@@ -286,7 +303,7 @@ class Inbox:
             while len(self._waiting) >= self._prefetch:
                 self._room.clear()
                 await self._room.wait()
-            fetch = wire.Fetch(epoch=self.epoch, wait_s=FETCH_WAIT_S)
+            fetch = wire.Fetch(epoch=self.epoch, wait_s=FETCH_WAIT_S, min_version=self.min_version)
             message, payload = await self._patiently(lambda f=fetch: self._link.request(f, timeout_s=REPLY_S))  # type: ignore[misc]
             if isinstance(message, wire.GroupReady):
                 self._receive(message, payload)
@@ -304,6 +321,8 @@ class Inbox:
             vocab_size=self._vocab_size,
             published=self.published,
         )
+        if delivery.fate == "invalid":
+            self._outgoing.put_nowait(wire.Quarantine(epoch=self.epoch, group=delivery.id, reason=delivery.reason))
         with self._changed:
             self._seen.add(message.index)
             heapq.heappush(self._waiting, (delivery.index, delivery.id, delivery))
@@ -318,7 +337,7 @@ class Inbox:
             except TryAgainError as error:
                 if not self._unreachable:
                     log.warning("broker.unreachable", endpoint=self._endpoint, error=str(error))
-                self._unreachable = True
+                self._unreachable, self._trouble = True, str(error)
             except RefusedError as error:
                 if error.retry_after_s is None:
                     raise

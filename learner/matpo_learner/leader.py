@@ -26,6 +26,7 @@ from matpo.metrics import Metrics
 from matpo.plugins import load_environment
 from matpo.run_folder import Identity
 from matpo.schema import SCHEMA_VERSION
+from matpo.security import client_keys
 from matpo.settings import RunFile
 from matpo_learner import checkpoint, credit, records
 from matpo_learner.deepspeed_engine import StepReport
@@ -81,6 +82,7 @@ class Leader:
             vocab_size=vocab_size(run_file.model_folder),
             prefetch=self._settings.groups_per_update,
             group_timeout_s=self._settings.group_timeout_s,
+            keys=client_keys(run_file, "learner"),
         )
         welcome = self._inbox.start()
         known = max(welcome.snapshot_version, resumed.version if resumed else -1)
@@ -101,6 +103,8 @@ class Leader:
         # Before it is written: an actor may load it, and finish an episode with it, before publish returns.
         self._inbox.published = self._publisher.version
         self.version = self._publisher.publish(tensors, update=self.update)
+        oldest = self._publisher.lineage.oldest_within(self.update, self._settings.drop_lag_versions)
+        self._inbox.min_version = oldest
         self._inbox.notice(self.version)
         self.metrics.set("policy_version", self.version)
         self.metrics.set("published_version", self.version)
@@ -130,6 +134,7 @@ class Leader:
     def finish(self, report: StepReport, seconds: dict[str, float]) -> None:
         """Write down the update of the groups that were collected last. Its weights are published."""
         chosen, self._chosen = self._chosen, []
+        self._inbox.trained([one.delivery.index for one in chosen])
         for one in chosen:
             self._consume(one.delivery, "trained", one.group)
         lags = [one.lag for one in chosen for _ in one.group.episodes]
@@ -176,6 +181,10 @@ class Leader:
         self.metrics.set("checkpoint_timestamp_seconds", time.time())
         log.info("checkpoint.saved", checkpoint=meta.name, update=self.update, version=self.version)
 
+    def say_goodbye(self) -> None:
+        """The end was in order: no group that is still here did any harm."""
+        self._inbox.say_goodbye()
+
     def close(self) -> None:
         """Send what is still to be sent, and let go."""
         self._inbox.stop()
@@ -196,6 +205,7 @@ class Leader:
             worth = credit.advantages(group, self._settings)
         except EpisodeError as error:
             log.warning("group.invalid", group=group.id, reason=error.reason, error=str(error))
+            self._inbox.quarantine(group.id, error.reason)
             self._drop(delivery, "invalid", error.reason)
             return None
         if not worth.has_signal:

@@ -62,6 +62,7 @@ def train(run_file: RunFile, start: Start = "auto") -> None:
         with closing(Leader(run_file, identity, resumed[1] if resumed else None)) as leader:
             _stop_on_signals(leader)
             _loop(run_file, engine, leader, saved)
+            leader.say_goodbye()
 
 
 def _loop(run_file: RunFile, engine: LearnerEngine, leader: Leader | None, saved: int | None) -> None:

@@ -55,6 +55,15 @@ class Lineage:
         """
         return 0 if min_version == UNSAMPLED_VERSION else max(0, update - self.update_of(min_version))
 
+    def oldest_within(self, update: int, max_lag: int) -> int:
+        """The smallest version whose lag at `update` is at most `max_lag`; every older one lags more."""
+        ends = [first for first, _ in self._branches[1:]]
+        for (first, at), end in zip(self._branches, [*ends, None], strict=True):
+            version = first + max(0, update - max_lag - at)
+            if end is None or version < end:
+                return version
+        raise AssertionError("a lineage has a branch once begin was called")
+
 
 class Publisher:
     """Numbers and writes the snapshots of one learner process. Only rank 0 has one."""

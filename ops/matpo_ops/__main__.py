@@ -110,19 +110,25 @@ def tiny_policy(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="A benchmark, or all.")] = "all",
+    name: Annotated[str, typer.Argument(help="sampling, broker, or all.")] = "all",
+    small: Annotated[bool, typer.Option("--small", help="broker: many 2 kB episodes instead of large ones.")] = False,
+    folder: Annotated[
+        Path, typer.Option(help="broker: a folder on the disk to measure; a few GiB, removed at the end.")
+    ] = Path("runs"),
+    keys: Annotated[bool, typer.Option(help="broker: encrypt and authenticate, as between machines.")] = True,
     sets: Sets = None,
 ) -> None:
-    """Measure against a peer in the same run; one JSON line each (docs/benchmarks.md)."""
-    from matpo_ops.bench import BENCHMARKS
+    """Measure against a peer in the same run; one JSON line each (docs/benchmarks.md). Needs an idle machine."""
+    from matpo_ops.bench import BENCHMARKS, Options
     from matpo_ops.demo import CONFIGS
 
+    name = f"{name} small" if small else name
     if name != "all" and name not in BENCHMARKS:
         raise ConfigError(f'no benchmark "{name}". Known: all, {", ".join(BENCHMARKS)}.')
-    run_file = load_run_file(CONFIGS / "demo.toml", sets or [])
+    options = Options(run_file=load_run_file(CONFIGS / "demo.toml", sets or []), folder=folder, keys=keys)
     logs.configure(LogSettings(level="warning"), process="bench")
     for each in BENCHMARKS if name == "all" else [name]:
-        print(f"bench {each}: " + json.dumps(BENCHMARKS[each](run_file)), flush=True)
+        print(f"bench {each}: " + json.dumps(BENCHMARKS[each](options)), flush=True)
 
 
 def _load(run_path: Path, sets: list[str] | None) -> RunFile:

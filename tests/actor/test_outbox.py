@@ -104,3 +104,33 @@ async def test_an_answer_that_is_none_ends_the_sender():
 
 async def test_flushing_an_empty_outbox_ends_at_once():
     await flushed(outbox(Broker()))
+
+
+class SlowBroker:
+    """Answers when it is told to, and remembers the most that was on its way at one time."""
+
+    def __init__(self):
+        self.on_the_way, self.most, self.go = 0, 0, asyncio.Event()
+
+    async def request(self, asked, payload):
+        self.on_the_way += len(payload)
+        self.most = max(self.most, self.on_the_way)
+        await self.go.wait()
+        self.on_the_way -= len(payload)
+        return Stored(episode=asked.episode, durability="x"), b""
+
+
+@pytest.mark.parametrize(("window", "most"), [((10, 99), 8), ((4, 99), 4), ((1, 99), 4), ((99, 3), 12), ((99, 99), 32)])
+async def test_no_more_is_on_its_way_than_the_window_says_but_one_episode_always(window, most):
+    broker = SlowBroker()
+    box = Outbox(broker.request, metrics=Metrics("actor"), max_bytes=1000)
+    box.set_window(*window)
+    for n in range(20):
+        box.put(message(n), b"data")
+    sending = asyncio.create_task(box.flush())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    broker.go.set()
+    async with asyncio.timeout(5):
+        await sending
+    assert (broker.most, box.leases) == (most, [])

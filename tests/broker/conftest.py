@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ import zmq
 from matpo import wire
 from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings
-from matpo_broker.journal import Journal, record_end
-from matpo_broker.ledger import Ledger, Rules
+from matpo_broker.clock import PatientClock
+from matpo_broker.gate import Gate
+from matpo_broker.ledger import Rules
 from matpo_broker.server import Server
-from matpo_broker.tables import LEDGER_NAME
+from matpo_broker.store import Store
 
 
 class Peer:
     """A DEALER socket that can also send what no peer of ours would."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+    def __init__(self, context: zmq.Context[Any], endpoint: str, routing_id: bytes = b"") -> None:
         self.socket = context.socket(zmq.DEALER)
+        if routing_id:
+            self.socket.routing_id = routing_id
         self.socket.linger = 0
         self.socket.rcvtimeo = 5000
         self.socket.connect(endpoint)
@@ -67,6 +71,7 @@ class Broker:
 
     def __init__(self, folder: Path, context: zmq.Context[Any], **settings: object) -> None:
         self.folder = folder
+        self.keys: Path | None = None
         self.settings = BrokerSettings.model_validate({"max_payload_bytes": 100_000, **settings})
         self.metrics = Metrics("broker")
         self.peers: list[Peer] = []
@@ -80,21 +85,30 @@ class Broker:
         assert self._bound.wait(10)
 
     def _live(self) -> None:
-        settings = self.settings  # all on this thread: an SQLite connection belongs to the one that made it
+        with self.another(self.folder) as self.server:
+            actors, learners = self.ports
+            self.actors, self.learners = self.server.bind("127.0.0.1", actor_port=actors, learner_port=learners)
+            self.ports = (int(self.actors.rpartition(":")[2]), int(self.learners.rpartition(":")[2]))
+            self._bound.set()
+            self.server.serve()
+
+    @contextmanager
+    def another(self, folder: Path) -> Iterator[Server]:
+        """A server of these settings that listens nowhere yet."""
+        settings = self.settings
         rules = Rules(
-            run="r", lease_s=settings.lease_s, max_attempts=settings.max_attempts, credit_bytes=settings.credit_bytes
+            run="r",
+            lease_s=settings.lease_s,
+            max_attempts=settings.max_attempts,
+            max_deliveries=settings.max_deliveries,
+            credit_bytes=settings.credit_bytes,
         )
-        journal = Journal(self.folder, file_bytes=settings.journal_file_bytes)
-        ledger = Ledger(self.folder / LEDGER_NAME, rules, self.metrics, now_s=time.monotonic())
-        journal.recover({row.location.file: record_end(row.episode, row.location) for row in ledger.last_records()})
-        self.server = Server(settings, ledger, journal, self.metrics, clock=time.monotonic)
-        self.actors, self.learners = self.server.bind("127.0.0.1", actor_port=self.ports[0], learner_port=self.ports[1])
-        self.ports = (int(self.actors.rpartition(":")[2]), int(self.learners.rpartition(":")[2]))
-        self._bound.set()
-        self.server.serve()
-        self.server.close(linger_s=0)
-        ledger.close()
-        journal.close()
+        clock = PatientClock(time.monotonic)
+        store = Store(folder, rules, settings, self.metrics, now_s=clock())
+        server = Server(settings, store, Gate(self.keys, self.metrics), self.metrics, clock=clock)
+        yield server
+        server.close(linger_s=0)
+        store.close()
 
     def stop(self) -> None:
         if self._thread.is_alive():
@@ -114,8 +128,8 @@ class Broker:
         assert peer.ask(wire.PlaceOrders(epoch=epoch, orders=list(orders))).kind == "done"
         return peer
 
-    def stranger(self, endpoint: str) -> Peer:
-        self.peers.append(Peer(self._context, endpoint))
+    def stranger(self, endpoint: str, **options: Any) -> Peer:
+        self.peers.append(Peer(self._context, endpoint, **options))
         return self.peers[-1]
 
     def counts(self) -> dict[str, int | float | str]:

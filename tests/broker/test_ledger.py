@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from matpo import wire
 from matpo.errors import JournalError, RefusedError
 from matpo.metrics import Metrics
-from matpo_broker.ledger import Ledger, Rules
+from matpo_broker.ledger import Ledger, Rules, length_bucket
 from matpo_broker.tables import Location, accounting
 
 RULES = Rules(run="r", lease_s=10.0, max_attempts=2, credit_bytes=1000)
@@ -389,3 +390,241 @@ def test_accounting_names_every_order_and_episode_beside_a_running_broker(tmp_pa
     assert books.stored == {("g-0", 0): "g-0.0.0", ("g-0", 1): "g-0.1.0", ("g-1", 0): "g-1.0.0"}
     assert (books.dropped, len(books.members)) == ({"g-2": "attempts"}, 6)
     ledger.close()
+
+
+# ---- quarantine
+
+
+def ready(ledger: Ledger, num_groups: int, *, size: int = 1) -> int:
+    epoch = start(ledger, *(order(index, size) for index in range(num_groups)))
+    store_all(ledger)
+    return epoch
+
+
+def fetch_all(ledger: Ledger, epoch: int) -> dict[str, str]:
+    """Group -> "" or why it is a tombstone, as long as there are any."""
+    found: dict[str, str] = {}
+    received = ""
+    while (delivery := ledger.fetch(wire.Fetch(epoch=epoch, received=received))) is not None:
+        found[delivery.group] = delivery.dropped
+        received = delivery.group
+    return found
+
+
+def next_learner(ledger: Ledger, number: int, consumed_below: int = 0) -> int:
+    return start(ledger, incarnation=f"life-{number}", consumed_below=consumed_below)
+
+
+def test_a_group_in_the_hands_of_three_learners_that_died_is_quarantined(ledger: Ledger) -> None:
+    epoch = ready(ledger, 1)
+    for life in range(3):
+        assert fetch_all(ledger, epoch) == {"g-0": ""}
+        epoch = next_learner(ledger, life)
+    assert fetch_all(ledger, epoch) == {"g-0": "quarantined"}
+    assert ledger.counts()["groups_quarantined"] == 1
+
+
+def test_a_learner_that_said_goodbye_strikes_nothing(ledger: Ledger) -> None:
+    epoch = ready(ledger, 1)
+    for life in range(9):
+        assert fetch_all(ledger, epoch) == {"g-0": ""}
+        ledger.farewell("i1" if life == 0 else f"life-{life - 1}")
+        epoch = next_learner(ledger, life)
+
+
+def test_a_group_that_went_through_an_update_is_no_suspect(ledger: Ledger) -> None:
+    epoch = ready(ledger, 1)
+    for life in range(9):
+        assert fetch_all(ledger, epoch) == {"g-0": ""}
+        ledger.trained(wire.Trained(epoch=epoch, indices=[0]))
+        epoch = next_learner(ledger, life)
+
+
+def test_only_the_poison_of_a_batch_is_quarantined(ledger: Ledger) -> None:
+    """A learner trains batches of two, and dies whenever group 1 is in one. Actors go on playing new groups."""
+    epoch = ready(ledger, 6)
+    ledger.place(wire.PlaceOrders(epoch=epoch, orders=[order(index, 1) for index in range(6, 12)]))
+    fates: dict[str, str] = {}
+    for life in range(6):
+        received = ""
+        batch: list[int] = []
+        while 1 not in batch or len(batch) < 2:
+            delivery = ledger.fetch(wire.Fetch(epoch=epoch, received=received))
+            if delivery is None:
+                leases = ledger.lease("a", 1, 0.0)[0]
+                if not leases:
+                    break
+                store(ledger, leases[0])
+                continue
+            received = delivery.group
+            if delivery.dropped:
+                fates[delivery.group] = delivery.dropped
+                continue
+            batch.append(delivery.index)
+            if len(batch) == 2 and 1 not in batch:
+                ledger.trained(wire.Trained(epoch=epoch, indices=batch))
+                fates.update({f"g-{index}": "trained" for index in batch})
+                batch = []
+        epoch = next_learner(ledger, life)
+    assert fates.pop("g-1") == "quarantined"
+    assert set(fates.values()) == {"trained"}
+    assert fates.keys() >= {"g-0", "g-2", "g-3", "g-4", "g-5"}
+
+
+def test_the_last_suspects_are_handed_out_one_at_a_time_and_after_all_others(ledger: Ledger) -> None:
+    epoch = ready(ledger, 3)
+    for life in range(2):
+        fetch_all(ledger, epoch)
+        epoch = next_learner(ledger, life)
+    ledger.place(wire.PlaceOrders(epoch=epoch, orders=[order(3, 1), order(4, 1)]))
+    store(ledger, ledger.lease("a", 1, 0.0)[0][0])
+    assert fetch(ledger, epoch) == "g-3"
+    assert fetch(ledger, epoch, received="g-3") == "g-0"
+    assert fetch(ledger, epoch, received="g-0") is None  # g-4 may still come
+    ledger.trained(wire.Trained(epoch=epoch, indices=[0]))
+    assert fetch(ledger, epoch, received="g-0") == "g-1"
+
+
+def test_suspects_do_not_hold_up_a_learner_when_nothing_else_can_come(ledger: Ledger) -> None:
+    epoch = ready(ledger, 3)
+    for life in range(2):
+        fetch_all(ledger, epoch)
+        epoch = next_learner(ledger, life)
+    assert list(fetch_all(ledger, epoch)) == ["g-0", "g-1", "g-2"]
+
+
+def test_no_limit_never_quarantines_and_keeps_the_order() -> None:
+    ledger = Ledger(":memory:", replace(RULES, max_deliveries=0), Metrics("broker"), now_s=0.0)
+    epoch = ready(ledger, 3)
+    for life in range(9):
+        assert list(fetch_all(ledger, epoch)) == ["g-0", "g-1", "g-2"]
+        epoch = next_learner(ledger, life)
+    ledger.close()
+
+
+def test_what_the_learner_finds_invalid_is_set_aside_and_its_payload_kept(ledger: Ledger) -> None:
+    epoch = ready(ledger, 2)
+    fetch_all(ledger, epoch)
+    ledger.set_aside(wire.Quarantine(epoch=epoch, group="g-0", reason="nan"))
+    assert ledger.cover(commit(epoch, below=2, kept=2)) == []
+    assert [row.episode for row in ledger.show("g-0").episodes] == ["g-0.0.0"]
+    assert ledger.purge(["g-0"]) == [0]
+    with pytest.raises(RefusedError) as refused:
+        ledger.purge(["g-0"])
+    assert refused.value.reason == "not_quarantined"
+
+
+def test_a_requeued_group_comes_again_unless_a_checkpoint_covers_it(ledger: Ledger) -> None:
+    epoch = ready(ledger, 2)
+    fetch_all(ledger, epoch)
+    for group in ("g-0", "g-1"):
+        ledger.set_aside(wire.Quarantine(epoch=epoch, group=group, reason="nan"))
+    ledger.requeue(["g-1"])
+    assert fetch(ledger, epoch, received="g-1") == "g-1"
+    ledger.cover(commit(epoch, below=1))
+    with pytest.raises(RefusedError) as refused:
+        ledger.requeue(["g-0"])
+    assert refused.value.reason == "consumed"
+
+
+# ---- expiry
+
+
+def test_lease_losses_have_a_limit_of_their_own() -> None:
+    rules = replace(RULES, max_lease_losses=5)
+    ledger = Ledger(":memory:", rules, Metrics("broker"), now_s=0.0)
+    epoch = start(ledger, order(0, 1))
+    for life in range(5):
+        assert fetch(ledger, epoch) is None
+        assert ledger.lease("a", 1, life * 10.0)[0][0].attempt == life
+        ledger.expire((life + 1) * 10.0)
+    delivery = ledger.fetch(wire.Fetch(epoch=epoch))
+    assert delivery is not None
+    assert delivery.dropped == "lease_losses"
+    ledger.close()
+
+
+def test_an_order_that_is_too_old_is_dropped_with_its_length_bucket() -> None:
+    metrics = Metrics("broker")
+    ledger = Ledger(":memory:", replace(RULES, max_order_age_s=100.0), metrics, now_s=0.0)
+    epoch = start(ledger, order(0), order(1, 1))
+    lease, _, whole = ledger.lease("a", 3, 0.0)[0]
+    for one in (lease, whole):
+        message = episode(one).model_copy(update={"num_tokens": 5000})
+        ledger.record(message, "a", Location(file=0, offset=8, num_bytes=100, crc32c=7))
+    ledger.expire(99.0)
+    assert fetch(ledger, epoch) == "g-1"
+    ledger.expire(100.0)
+    assert fetch_all(ledger, epoch) == {"g-0": "expired", "g-1": ""}
+    labels = {"reason": "expired", "tokens": "<16k"}
+    assert metrics.registry.get_sample_value("matpo_broker_groups_dropped_total", labels) == 1
+    ledger.close()
+
+
+def test_a_group_with_a_token_that_is_too_old_is_a_tombstone(ledger: Ledger) -> None:
+    epoch = start(ledger, order(0), order(1))
+    for lease, version in zip(ledger.lease("a", 4, 0.0)[0], (7, 5, 7, -1), strict=True):
+        message = episode(lease).model_copy(update={"min_version": version})
+        ledger.record(message, "a", Location(file=0, offset=8, num_bytes=100, crc32c=7))
+    first = ledger.fetch(wire.Fetch(epoch=epoch, min_version=6))
+    second = ledger.fetch(wire.Fetch(epoch=epoch, min_version=6, received="g-0"))
+    assert first is not None
+    assert second is not None
+    assert (first.group, first.dropped, second.group, second.dropped) == ("g-0", "stale", "g-1", "")
+
+
+def test_the_length_bucket_is_that_of_the_mean_episode() -> None:
+    assert [length_bucket(tokens, 2) for tokens in (0, 2047, 2048, 8192, 32768, 131072)] == [
+        "<1k", "<1k", "<4k", "<16k", "<64k", ">=64k"
+    ]  # fmt: skip
+    assert length_bucket(0, 0) == "none"
+
+
+# ---- members
+
+
+def test_a_failed_member_goes_to_another_actor_first(ledger: Ledger) -> None:
+    start(ledger, order(0, 1))
+    lease = ledger.lease("a", 1, 0.0)[0][0]
+    ledger.release("a", [lease.lease], infra=True, now_s=0.0)
+    assert ledger.lease("a", 1, 1.0, num_actors=2)[0] == []
+    assert ledger.has_reserved
+    assert len(ledger.lease("b", 1, 1.0, num_actors=2)[0]) == 1
+
+
+def test_a_failed_member_goes_to_the_same_actor_when_no_other_takes_it(ledger: Ledger) -> None:
+    start(ledger, order(0, 1))
+    lease = ledger.lease("a", 1, 0.0)[0][0]
+    ledger.release("a", [lease.lease], infra=True, now_s=0.0)
+    assert len(ledger.lease("a", 1, 1.0, num_actors=1)[0]) == 1
+    lease = ledger.lease("b", 1, 20.0)[0]
+    assert lease == []
+
+
+def test_a_damaged_member_is_played_again_and_the_others_stay(ledger: Ledger) -> None:
+    epoch = ready(ledger, 1, size=3)
+    assert fetch(ledger, epoch) == "g-0"
+    ledger.reopen(0, 1)
+    assert fetch(ledger, epoch) is None
+    (lease,) = ledger.lease("a", 5, 0.0)[0]
+    assert (lease.member, lease.attempt) == (1, 1)
+    store(ledger, lease)
+    delivery = ledger.fetch(wire.Fetch(epoch=epoch))
+    assert delivery is not None
+    assert [row.episode for row in delivery.episodes] == ["g-0.0.0", "g-0.1.1", "g-0.2.0"]
+
+
+def test_a_lease_is_good_only_for_the_actor_that_has_it(ledger: Ledger) -> None:
+    start(ledger, order(0))
+    lease = ledger.lease("a", 1, 0.0)[0][0]
+    with pytest.raises(RefusedError) as refused:
+        ledger.admit(episode(lease), "thief")
+    assert refused.value.reason == "lease_mismatch"
+    assert ledger.admit(episode(lease), "a")
+
+
+def test_commits_are_kept_with_their_checkpoints(ledger: Ledger) -> None:
+    epoch = ready(ledger, 2)
+    ledger.cover(commit(epoch, below=1))
+    ledger.cover(commit(epoch, below=2, kept=1).model_copy(update={"checkpoint": "d"}))
+    assert ledger._db.execute("SELECT * FROM commits").fetchall() == [("c", epoch, 1, 0), ("d", epoch, 2, 1)]

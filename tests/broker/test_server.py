@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def test_garbage_is_counted_by_reason(broker: Any) -> None:
 
 def test_a_refusal_of_another_wire_version_finds_its_request(broker: Any) -> None:
     stranger = broker.stranger(broker.actors)
-    stranger.socket.send_multipart([msgpack.packb({"v": 2, "seq": 41, "kind": "hello"}), b""])
+    stranger.socket.send_multipart([msgpack.packb({"v": 1, "seq": 41, "kind": "hello"}), b""])
     reply, _ = stranger.receive()
     assert (reply.seq, reply.reason) == (41, "version")
 
@@ -181,16 +181,78 @@ def test_actors_are_paused_by_credit_and_told_why(make_broker: Callable[..., Any
     assert actor.receive()[0].leases[0].group == "g-1"
 
 
-def test_a_damaged_payload_becomes_a_tombstone_and_the_other_groups_arrive(broker: Any) -> None:
+def test_a_damaged_payload_costs_its_own_member_which_is_played_again(broker: Any) -> None:
     learner, actor = broker.learner(order(0), order(1)), broker.actor()
     for lease in actor.ask(wire.LeaseRequest(num_members=2)).leases:
         actor.store(lease, b"payload of " + lease.group.encode())
     (path,) = broker.folder.glob("payload-*.bin")
-    path.write_bytes(path.read_bytes().replace(b"payload of g-0", b"payload of g-X"))
-    first = learner.ask(wire.Fetch(epoch=1))
-    assert (first.group, first.dropped, first.episodes) == ("g-0", "damaged", [])
-    learner.ask(wire.Fetch(epoch=1, received="g-0"))
+    with path.open("r+b") as file:  # in place: the broker goes on writing to this file
+        file.seek(path.read_bytes().index(b"payload of g-0"))
+        file.write(b"payload of g-X")
+    assert learner.ask(wire.Fetch(epoch=1)).group == "g-1"
     assert learner.payload == b"payload of g-1"
+    again = lease_of(actor)
+    assert (again.group, again.attempt) == ("g-0", 1)
+    actor.store(again, b"played again")
+    assert learner.ask(wire.Fetch(epoch=1, received="g-1")).group == "g-0"
+    assert learner.payload == b"played again"
+
+
+def test_a_group_that_is_set_aside_can_be_seen_requeued_and_purged(broker: Any) -> None:
+    learner, actor = broker.learner(order(0), order(1)), broker.actor()
+    for lease in actor.ask(wire.LeaseRequest(num_members=2)).leases:
+        actor.store(lease, lease.group.encode())
+    operator = broker.stranger(broker.learners)
+    operator.hello("operator")
+    for received in ("", "g-0"):
+        learner.ask(wire.Fetch(epoch=1, received=received))
+    for group in ("g-0", "g-1"):
+        assert learner.ask(wire.Quarantine(epoch=1, group=group, reason="nan")).kind == "done"
+    listed = operator.ask(wire.Peek(state="quarantined"))
+    assert [(row[0], row[3]) for row in listed.rows] == [("g-0", "nan"), ("g-1", "nan")]
+    operator.ask(wire.Show(group="g-1"))
+    assert operator.payload == b"g-1"
+    operator.ask(wire.Requeue(groups=["g-1"]))
+    assert learner.ask(wire.Fetch(epoch=1, received="g-1")).group == "g-1"
+    assert operator.ask(wire.Purge(groups=["g-0"])).kind == "done"
+    assert operator.ask(wire.Purge(groups=["g-0"])).reason == "not_quarantined"
+    assert operator.ask(wire.Peek(group="g-1")).rows[0][2] == "stored"
+
+
+def test_a_broker_that_drains_hands_out_nothing_and_stores_what_is_in_play(broker: Any) -> None:
+    broker.learner(order(0), order(1))
+    actor, operator = broker.actor(), broker.stranger(broker.learners)
+    lease = lease_of(actor)
+    operator.hello("operator")
+    operator.ask(wire.Drain(on=True))
+    drained = actor.ask(wire.LeaseRequest(num_members=1))
+    assert (drained.leases, "drain" in drained.paused) == ([], True)
+    assert actor.store(lease, b"x").kind == "stored"
+    operator.ask(wire.Drain(on=False))
+    assert lease_of(actor).group == "g-1"
+
+
+def test_an_operator_and_an_actor_say_only_what_their_role_may(broker: Any) -> None:
+    broker.learner(order(0))
+    actor, operator = broker.actor(), broker.stranger(broker.learners)
+    operator.hello("operator")
+    assert operator.ask(wire.Commit(epoch=1, checkpoint="c", consumed_below=1, consumed=[])).reason == "kind"
+    assert actor.ask(wire.Drain(on=True)).reason == "kind"
+
+
+def test_a_routing_id_of_ones_own_is_refused(broker: Any) -> None:
+    stranger = broker.stranger(broker.actors, routing_id=b"actor-7")
+    assert stranger.ask(wire.Stat()).reason == "identity"
+
+
+def test_an_acknowledgement_names_what_it_means(make_broker: Callable[..., Any]) -> None:
+    for policy in ("group", "always", "interval", "never"):
+        broker = make_broker(durability=policy)
+        broker.learner(order(0))
+        actor = broker.actor()
+        assert actor.store(lease_of(actor), b"x").durability == policy
+        broker.stop()
+        shutil.rmtree(broker.folder)
 
 
 def test_payload_files_are_deleted_when_the_oldest_kept_checkpoint_covers_them(make_broker: Callable[..., Any]) -> None:
@@ -218,18 +280,8 @@ def test_everything_is_there_after_a_restart(broker: Any) -> None:
 
 
 def test_a_taken_port_is_a_setup_error_that_names_it(broker: Any, tmp_path: Path) -> None:
-    from matpo.metrics import Metrics
-    from matpo_broker.journal import Journal
-    from matpo_broker.ledger import Ledger, Rules
-    from matpo_broker.server import Server
-
-    metrics = Metrics("broker")
-    journal = Journal(tmp_path / "other", file_bytes=100)
-    rules = Rules(run="r", lease_s=1, max_attempts=1, credit_bytes=1)
-    ledger = Ledger(":memory:", rules, metrics, now_s=0.0)
-    server = Server(broker.settings, ledger, journal, metrics, clock=time.monotonic)
-    with pytest.raises(SetupError, match=rf"{broker.ports[0]}.*broker\.actor_port"):
+    with (
+        broker.another(tmp_path / "other") as server,
+        pytest.raises(SetupError, match=rf"{broker.ports[0]}.*broker\.actor_port"),
+    ):
         server.bind("127.0.0.1", actor_port=broker.ports[0], learner_port=0)
-    server.close(linger_s=0)
-    ledger.close()
-    journal.close()

@@ -230,6 +230,32 @@ def test_messages_go_out_in_order_with_the_epoch_of_the_welcome(connect: Connect
     assert {m.epoch for m in broker.received if hasattr(m, "epoch")} == {7}
 
 
+def test_an_invalid_group_is_quarantined_at_the_broker(connect: Connect) -> None:
+    broker, inbox = connect([])
+    message, payload = group_of(1, [payload_of(1, 0), b"garbage"])
+    inbox._loop.call_soon_threadsafe(inbox._receive, message, payload)
+    assert (delivery := inbox.take(5)) is not None
+    assert delivery.fate == "invalid"
+    inbox.stop()
+    (asked,) = [m for m in broker.received if isinstance(m, wire.Quarantine)]
+    assert (asked.group, asked.reason) == ("g-00000001", "framing")
+
+
+def test_what_was_trained_is_said_and_the_goodbye_is_last(connect: Connect) -> None:
+    broker, inbox = connect([])
+    inbox.trained([3, 5])
+    inbox.say_goodbye()
+    inbox.stop()
+    assert broker.kinds() == ["hello", "resume", "trained", "goodbye"]
+    assert [m.indices for m in broker.received if isinstance(m, wire.Trained)] == [[3, 5]]
+
+
+def test_the_broker_is_told_which_tokens_are_too_old(connect: Connect) -> None:
+    broker, inbox = connect([])
+    inbox.min_version = 4
+    wait_until(lambda: any(m.min_version == 4 for m in broker.received if isinstance(m, wire.Fetch)))
+
+
 def test_open_orders_are_placed_again_after_a_resume(connect: Connect) -> None:
     broker, inbox = connect([], book=Book(cursor=4, consumed_below=1, consumed={2}))
     inbox.stop()

@@ -70,6 +70,16 @@ def test_lag_is_counted_in_updates_across_resumes(tmp_path: Path) -> None:
     assert again.lag(update=4, min_version=-1) == 0  # no sampled token
 
 
+@pytest.mark.parametrize("update", range(8))
+@pytest.mark.parametrize("max_lag", range(4))
+def test_every_version_below_the_oldest_admissible_one_lags_more(tmp_path: Path, update: int, max_lag: int) -> None:
+    lineage = Lineage(tmp_path / "l.json")
+    for version, at in ((0, 0), (6, 2), (9, 4)):
+        lineage.begin(version, at)
+    admissible = [version for version in range(30) if lineage.lag(update, version) <= max_lag]
+    assert lineage.oldest_within(update, max_lag) == admissible[0]
+
+
 def test_a_damaged_lineage_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text("[[0, 0], [")
     with pytest.raises(CheckpointError, match="damaged"):

@@ -1,4 +1,4 @@
-"""Figures of docs/benchmarks.md: each a ratio against a peer in the same run, because machines are noisy."""
+"""`matpo bench sampling`: the embedded engine against transformers' own generate()."""
 
 from __future__ import annotations
 
@@ -82,6 +82,3 @@ def _generate_of(folder: Path, num_threads: int) -> Callable[[list[list[int]]], 
         return float(out.numel() - ids.numel()) / (time.perf_counter() - began_s)
 
     return generate
-
-
-BENCHMARKS: dict[str, Callable[[RunFile], dict[str, Any]]] = {"sampling": sampling}

@@ -1,0 +1,120 @@
+"""Groups that are set aside: their content is invalid, or learners die with them in hand.
+
+Which group kills a learner cannot be seen from outside, so each group in the hands of a learner that ends without a
+goodbye gets a strike, unless it went through an update before (`Trained`). One strike below the limit a group is a
+suspect: suspects are handed out one at a time and after all others, so that the next death has one suspect only. A
+suspect that goes through an update is cleared.
+
+All functions work inside the ledger's open transaction; they return (group, reason) pairs for its counters and log.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+from matpo.errors import RefusedError
+
+
+def strike(db: sqlite3.Connection, dead_epoch: int, *, limit: int) -> list[str]:
+    """The learner of `dead_epoch` died: count it against what it held. Returns groups that are now quarantined."""
+    if limit == 0:
+        return []
+    db.execute(
+        "UPDATE orders SET strikes = strikes + 1"
+        " WHERE delivered = ? AND consumed = 0 AND trained = 0 AND state = 'whole'",
+        (dead_epoch,),
+    )
+    rows = db.execute(
+        "UPDATE orders SET state = 'quarantined', reason = 'deliveries'"
+        " WHERE strikes >= ? AND consumed = 0 AND trained = 0 AND state = 'whole' RETURNING grp",
+        (limit,),
+    ).fetchall()
+    return [group for (group,) in rows]
+
+
+def clear(db: sqlite3.Connection, indices: Sequence[int], epoch: int) -> None:
+    """These groups went through an update: no suspects any more."""
+    db.executemany(
+        "UPDATE orders SET trained = 1, strikes = 0 WHERE idx = ? AND delivered = ?", [(i, epoch) for i in indices]
+    )
+
+
+def set_aside(db: sqlite3.Connection, group: str, reason: str, epoch: int) -> bool:
+    """The learner finds a delivered group invalid. False: it is quarantined already, or not this learner's."""
+    changed = db.execute(
+        "UPDATE orders SET state = 'quarantined', reason = ?"
+        " WHERE grp = ? AND delivered = ? AND state = 'whole' RETURNING idx",
+        (reason, group, epoch),
+    ).fetchall()
+    return bool(changed)
+
+
+def next_ready(db: sqlite3.Connection, epoch: int, *, limit: int) -> tuple[int, str, str, str] | None:
+    """(index, group, state, reason) of the group to hand out next: the oldest, suspects last and one at a time."""
+    suspect_from = limit - 1 if limit > 1 else 2**31
+    row = db.execute(
+        "SELECT idx, grp, state, reason, state = 'whole' AND strikes >= ? AND trained = 0 AS suspect FROM orders"
+        " WHERE consumed = 0 AND delivered IS NULL AND state != 'open' ORDER BY suspect, idx LIMIT 1",
+        (suspect_from,),
+    ).fetchone()
+    if row is None:
+        return None
+    if row[4] and _suspect_out(db, epoch, suspect_from) and _others_may_come(db):
+        return None
+    index, group, state, reason, _ = row
+    return index, group, state, reason
+
+
+def requeue(db: sqlite3.Connection, groups: Sequence[str]) -> None:
+    """Quarantined groups back into the stream. Raises RefusedError when one is not quarantined, or is consumed."""
+    for group in groups:
+        _check_quarantined(db, group)
+        consumed = db.execute("SELECT consumed FROM orders WHERE grp = ?", (group,)).fetchone()[0]
+        if consumed:
+            raise RefusedError(
+                f"a checkpoint of the learner covers {group} as quarantined, so it would never be asked for. Resume "
+                "the learner from an older checkpoint, or save it: matpo-broker quarantine show GROUP --out FOLDER.",
+                reason="consumed",
+            )
+        db.execute(
+            "UPDATE orders SET state = 'whole', reason = '', strikes = 0, delivered = NULL WHERE grp = ?", (group,)
+        )
+
+
+def purge(db: sqlite3.Connection, groups: Sequence[str]) -> None:
+    """Quarantined groups become dropped ones, whose payloads may go. Raises RefusedError: one is not quarantined."""
+    for group in groups:
+        _check_quarantined(db, group)
+        db.execute("UPDATE orders SET state = 'dropped', reason = 'purged', num_bytes = 0 WHERE grp = ?", (group,))
+
+
+def _check_quarantined(db: sqlite3.Connection, group: str) -> None:
+    row = db.execute("SELECT state FROM orders WHERE grp = ?", (group,)).fetchone()
+    if row is None or row[0] != "quarantined":
+        state = "unknown" if row is None else row[0]
+        raise RefusedError(
+            f"{group} is not quarantined: {state}. `matpo-broker quarantine ls` lists those that are.",
+            reason="not_quarantined",
+        )
+
+
+def _suspect_out(db: sqlite3.Connection, epoch: int, suspect_from: int) -> bool:
+    return (
+        db.execute(
+            "SELECT 1 FROM orders WHERE delivered = ? AND consumed = 0 AND trained = 0 AND state = 'whole'"
+            " AND strikes >= ? LIMIT 1",
+            (epoch, suspect_from),
+        ).fetchone()
+        is not None
+    )
+
+
+def _others_may_come(db: sqlite3.Connection) -> bool:
+    """Whether actors still play: if not, the learner may need the suspect to fill its batch."""
+    return (
+        db.execute(
+            "SELECT 1 FROM orders WHERE state = 'open' AND consumed = 0 AND delivered IS NULL LIMIT 1"
+        ).fetchone()
+        is not None
+    )
