@@ -90,7 +90,9 @@ class Dispatch:
         message = received.message
         try:
             if received.error is not None or message is None:
-                raise received.error or AssertionError(received)
+                assert received.error is not None
+                self._refuse(received.address, received.seq, received.error)  # not raised: see Server._read
+                return
             self._take(received, message, now_s)
         except (ProtocolError, RefusedError) as error:
             self._refuse(received.address, received.seq, error, kind=message.kind if message is not None else "")

@@ -133,7 +133,7 @@ class Journal:
     @property
     def has_unsynced(self) -> bool:
         """Whether `flush(sync=True)` has something to do."""
-        return self._new_names or any(file.queue or file.unsynced for file in self._open)
+        return self._new_names or any(file.queue or file.unsynced or file.sealed for file in self._open)
 
     # ---- at a start
 

@@ -384,8 +384,14 @@ class Ledger:
     def admit(self, message: wire.StoreEpisode, actor: str | None = None) -> bool:
         """True: store this episode (append its payload, then `record` it). False: it is there already.
 
-        Raises RefusedError: lease_lost, lease_mismatch (the lease is for another member, or another actor's).
+        Raises RefusedError: episode_id, lease_lost, lease_mismatch (the lease is for another member, or another actor's).
         """
+        if message.episode != f"{message.group}.{message.member}.{message.attempt}":
+            raise RefusedError(
+                f"{message.episode} is not the id of {message.group}, member {message.member}, attempt "
+                f"{message.attempt}: want GROUP.MEMBER.ATTEMPT",
+                reason="episode_id",
+            )
         row = self._db.execute(
             "SELECT e.episode, e.num_bytes, e.crc32c, m.lease, m.attempt, m.actor FROM orders o"
             " LEFT JOIN episodes e ON e.idx = o.idx AND e.member = ?"

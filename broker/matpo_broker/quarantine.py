@@ -2,8 +2,8 @@
 
 Which group kills a learner cannot be seen from outside, so each group in the hands of a learner that ends without a
 goodbye gets a strike, unless it went through an update before (`Trained`). One strike below the limit a group is a
-suspect: suspects are handed out one at a time and after all others, so that the next death has one suspect only. A
-suspect that goes through an update is cleared.
+suspect: suspects are handed out one at a time, so that the next death has one suspect only. A suspect that goes through
+an update is cleared. At the very end of a run, when nothing else can fill a learner's batch, suspects go out together.
 
 All functions work inside the ledger's open transaction; they return (group, reason) pairs for its counters and log.
 """
@@ -51,19 +51,22 @@ def set_aside(db: sqlite3.Connection, group: str, reason: str, epoch: int) -> bo
 
 
 def next_ready(db: sqlite3.Connection, epoch: int, *, limit: int) -> tuple[int, str, str, str] | None:
-    """(index, group, state, reason) of the group to hand out next: the oldest, suspects last and one at a time."""
-    suspect_from = limit - 1 if limit > 1 else 2**31
-    row = db.execute(
-        "SELECT idx, grp, state, reason, state = 'whole' AND strikes >= ? AND trained = 0 AS suspect FROM orders"
-        " WHERE consumed = 0 AND delivered IS NULL AND state != 'open' ORDER BY suspect, idx LIMIT 1",
-        (suspect_from,),
+    """(index, group, state, reason) of the group to hand out next: the oldest, but no second suspect."""
+    if limit <= 1 or not _suspect_out(db, epoch, limit - 1):
+        return _oldest_ready(db, strikes_below=2**31)
+    row = _oldest_ready(db, strikes_below=limit - 1)
+    if row is None and not _others_may_come(db):  # nothing else can fill the learner's batch
+        row = _oldest_ready(db, strikes_below=2**31)
+    return row
+
+
+def _oldest_ready(db: sqlite3.Connection, *, strikes_below: int) -> tuple[int, str, str, str] | None:
+    row: tuple[int, str, str, str] | None = db.execute(
+        "SELECT idx, grp, state, reason FROM orders WHERE consumed = 0 AND delivered IS NULL AND state != 'open'"
+        " AND (strikes < ? OR trained = 1 OR state != 'whole') ORDER BY idx LIMIT 1",
+        (strikes_below,),
     ).fetchone()
-    if row is None:
-        return None
-    if row[4] and _suspect_out(db, epoch, suspect_from) and _others_may_come(db):
-        return None
-    index, group, state, reason, _ = row
-    return index, group, state, reason
+    return row
 
 
 def requeue(db: sqlite3.Connection, groups: Sequence[str]) -> None:

@@ -218,6 +218,7 @@ class Server:
             if isinstance(message, wire.StoreEpisode):
                 wire.check_payload(message, frames[-1])
         except (ProtocolError, RefusedError) as error:
+            error.__traceback__ = error.__context__ = None  # they would keep the frames alive
             return Received(address=address, identity=identity, seq=seq or wire.peek_seq(parts), error=error)
         return Received(address=address, identity=identity, seq=seq, message=message, payload=payload)
 

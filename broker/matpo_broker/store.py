@@ -249,6 +249,8 @@ class Store:
         """Make the payload files what the ledger says; seal those that were not."""
         ends = {row.location.file: record_end(row.episode, row.location) for row in self.ledger.last_records()}
         sealed = self.ledger.sealed_files()
+        # A sealed file keeps its length, also when its last row is gone (Ledger.reopen).
+        ends |= {number: max(ends[number], num_bytes) for number, (num_bytes, _) in sealed.items() if number in ends}
         ends = {n: max(end, sealed[n][0]) if n in sealed else end for n, end in ends.items()}
         found = self._journal.recover(ends, sealed)
         if found.cut_bytes:
