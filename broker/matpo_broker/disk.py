@@ -68,6 +68,10 @@ class Disk:
         """Put a file's bytes and length on disk."""
         os.fdatasync(descriptor)
 
+    def forget_cache(self, descriptor: int) -> None:
+        """Give the kernel's memory for a file's synced bytes back; reading them later asks the disk."""
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def truncate(self, descriptor: int, num_bytes: int) -> None:
         """Cut a file."""
         os.ftruncate(descriptor, num_bytes)

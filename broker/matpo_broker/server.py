@@ -29,6 +29,7 @@ TURN_MESSAGES = 512  # per socket; the other socket and the sync wait for no mor
 TURN_BYTES = 16 * 2**20
 REPORT_S = 1.0  # between two updates of the gauges
 FRAME_SLACK_BYTES = 2**20  # a payload a little too large is refused with a message, a much larger one cut off
+RECEIVE_BUFFER_BYTES = 2**20  # the kernel's, of one connection: an episode takes fewer wake-ups
 NOBODY = Identity(name="", role="")
 _EVENTS = {
     zmq.EVENT_ACCEPTED: "accepted",
@@ -66,7 +67,9 @@ class Server:
         # A learner's replies hold whole groups, so few of them may wait in its socket.
         self._sockets: dict[Port, zmq.Socket[bytes]] = {
             "learner": self._socket(receive_hwm=64, send_hwm=16),
-            "actor": self._socket(receive_hwm=4, send_hwm=1000),
+            # Small: what an actor sends beyond its window waits here, so this times max_payload_bytes is what it can
+            # make us hold.
+            "actor": self._socket(receive_hwm=8, send_hwm=1000),
         }
         self._monitors = [s.get_monitor_socket(sum(_EVENTS)) for s in self._sockets.values()]
         self._poller = zmq.Poller()
@@ -253,7 +256,7 @@ class Server:
         for option, value in (
             (zmq.ROUTER_MANDATORY, 1), (zmq.MAXMSGSIZE, largest), (zmq.RCVHWM, receive_hwm), (zmq.SNDHWM, send_hwm),
             (zmq.LINGER, 1000), (zmq.HANDSHAKE_IVL, 5000), (zmq.HEARTBEAT_IVL, 5000), (zmq.HEARTBEAT_TIMEOUT, 15000),
-            (zmq.BACKLOG, 1024),
+            (zmq.BACKLOG, 1024), (zmq.RCVBUF, RECEIVE_BUFFER_BYTES),
         ):  # fmt: skip
             socket.setsockopt(option, value)
         self._gate.protect(socket)

@@ -300,13 +300,15 @@ def test_the_same_id_with_other_bytes_is_refused_and_changes_nothing(target: Tar
 def test_nobody_renews_releases_or_stores_on_the_lease_of_another(target: Target) -> None:
     owner, lease = target.lease("owner")
     thief, own = target.lease("thief")
-    with target.attack(lease_mismatch=2):
+    with target.attack(lease_mismatch=2, episode_id=1):
         assert thief.ask(wire.Heartbeat(leases=[lease.lease, own.lease], policy_version=0)).lost == [lease.lease]
         assert thief.ask(wire.Release(leases=[lease.lease], infra=True, reason="sabotage")).kind == "done"
         assert refusal(thief.ask(*episode_of(lease))) == "lease_mismatch"
         forged, payload = episode_of(own)
         forged = forged.model_copy(update={"group": lease.group, "member": lease.member, "attempt": lease.attempt})
-        assert refusal(thief.ask(forged, payload)) == "lease_mismatch"
+        assert refusal(thief.ask(forged, payload)) == "episode_id"
+        episode = f"{lease.group}.{lease.member}.{lease.attempt}"
+        assert refusal(thief.ask(forged.model_copy(update={"episode": episode}), payload)) == "lease_mismatch"
         assert owner.ask(wire.Heartbeat(leases=[lease.lease], policy_version=0)).lost == []
         assert owner.ask(*episode_of(lease)).kind == "stored"
         assert thief.ask(*episode_of(own)).kind == "stored"
