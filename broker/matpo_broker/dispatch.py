@@ -211,9 +211,9 @@ class Dispatch:
             case wire.StoreEpisode():
                 return self._put(peer, message, payload)
             case wire.Heartbeat():
-                return self._alive(ledger.heartbeat(peer.key, message.leases, now_s))
+                return self._alive(ledger.members.heartbeat(peer.key, message.leases, now_s))
             case wire.Release():
-                ledger.release(peer.key, message.leases, infra=message.infra, now_s=now_s)
+                ledger.members.release(peer.key, message.leases, infra=message.infra, now_s=now_s)
                 log.info("leases.released", actor=peer.hello.name, num_leases=len(message.leases), why=message.reason)
             case wire.Resume():
                 ledger.resume(message)
@@ -272,7 +272,7 @@ class Dispatch:
 
     def _farewell(self, address: Address, peer: Peer) -> None:
         if peer.hello.peer == "actor":
-            self._store.ledger.depart(peer.key)
+            self._store.ledger.members.depart(peer.key)
         elif peer.hello.peer == "learner":
             self._store.ledger.farewell(peer.hello.incarnation)
         del self._peers[address]
@@ -328,8 +328,8 @@ class Dispatch:
         if self._draining:
             return [], DRAINING
         ledger = self._store.ledger
-        leases, why = ledger.lease(peer.key, message.num_members, now_s, num_actors=self.num_actors)
-        return leases, None if leases or (ledger.has_reserved and not why) else why
+        leases, why = ledger.members.lease(peer.key, message.num_members, now_s, num_actors=self.num_actors)
+        return leases, None if leases or (ledger.members.has_reserved and not why) else why
 
     def _deliver(self, message: wire.Fetch) -> tuple[wire.GroupReady | wire.NoGroup, bytes]:
         """The next group with its payloads. A member whose payload is damaged on disk is played again first."""
@@ -341,7 +341,7 @@ class Dispatch:
         return wire.NoGroup(
             orders_open=orders_open,
             members_open=self._store.ledger.num_free(),
-            members_leased=self._store.ledger.num_leases,
+            members_leased=self._store.ledger.members.num_leases,
             actors=self.num_actors,
         ), b""
 
@@ -353,7 +353,7 @@ class Dispatch:
             except JournalError as error:
                 damaged = True
                 log.error("journal.damaged", reason=error.reason, error=str(error), does="its member is played again")
-                self._store.ledger.reopen(row.index, row.member)
+                self._store.ledger.members.reopen(row.index, row.member)
         return None if damaged else payloads
 
     def _show(self, message: wire.Show) -> tuple[wire.GroupReady, bytes]:

@@ -118,7 +118,7 @@ class Server:
         if (names := self._gate.names) is not self._names and names is not None:
             self._names = names
             self._dispatch.keep_users(names)
-        self._store.ledger.expire(now_s)
+        self._store.ledger.members.expire(now_s)
         self._dispatch.serve_parked(now_s)
         committing = self._committer.submit(self._commit, now_s)
         committing.add_done_callback(lambda _: self._wake(b"c"))
@@ -152,7 +152,7 @@ class Server:
     def _wait_s(self) -> float:
         now_s = self._clock()
         tick_s = min(REPORT_S, self._store.next_tick_s)
-        due_s = min([self._store.ledger.next_deadline_s, now_s + tick_s, *self._dispatch.due_s])
+        due_s = min([self._store.ledger.members.next_deadline_s, now_s + tick_s, *self._dispatch.due_s])
         return max(0.0, due_s - now_s)
 
     def _receive(self, wait_s: float) -> list[Received]:
@@ -246,7 +246,7 @@ class Server:
         ready, orders_open = self._store.ledger.flow()
         self._metrics.set("groups_ready", ready)
         self._metrics.set("orders_open", orders_open)
-        self._metrics.set("leases", self._store.ledger.num_leases)
+        self._metrics.set("leases", self._store.ledger.members.num_leases)
         self._metrics.set("actors", self._dispatch.num_actors)
         self._metrics.set("journal_bytes", self._store.num_bytes)
 

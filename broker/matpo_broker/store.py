@@ -32,7 +32,8 @@ from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings
 from matpo_broker.disk import FILE_MODE, Disk, says_full
 from matpo_broker.journal import DiskFullError, Journal, record_end, sealed_as
-from matpo_broker.ledger import Ledger, Rules
+from matpo_broker.ledger import Ledger
+from matpo_broker.members import Rules
 from matpo_broker.tables import LEDGER_NAME, Location, open_read_only, rows_of
 
 BALLAST_NAME = "ballast"
@@ -130,7 +131,7 @@ class Store:
 
         Raises RefusedError: what the ledger says, or disk_full; TurnLostError. OSError, sqlite3.Error: end the process.
         """
-        if not self.ledger.admit(message, actor):
+        if not self.ledger.members.admit(message, actor):
             return False
         if self._is_full:
             self._look_at_space()
@@ -145,7 +146,7 @@ class Store:
                 reason="disk_full",
                 retry_after_s=RETRY_S,
             ) from None
-        self.ledger.record(message, actor, location)
+        self.ledger.members.record(message, actor, location)
         return True
 
     def commit(self, now_s: float) -> None:

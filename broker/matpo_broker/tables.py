@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from matpo.errors import JournalError, SetupError
 
@@ -137,6 +138,27 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise JournalError(f"{path} does not exist: no journal there. Name a run's journal folder.", reason="missing")
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+
+
+class Meta:
+    """The ledger's single values, kept in memory and written through into the open transaction."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._values: dict[str, Any] = dict(db.execute("SELECT key, value FROM meta"))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or `default`."""
+        return self._values.get(key, default)
+
+    def set(self, **values: str | int) -> None:
+        """Change values."""
+        changed = [(key, value) for key, value in values.items() if self._values.get(key) != value]
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", changed)
+        self._values.update(changed)
 
 
 def stored_rows(path: Path) -> Iterator[StoredRow]:

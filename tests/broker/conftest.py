@@ -17,7 +17,7 @@ from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings
 from matpo_broker.clock import PatientClock
 from matpo_broker.gate import Gate
-from matpo_broker.ledger import Rules
+from matpo_broker.members import Rules
 from matpo_broker.server import Server
 from matpo_broker.store import Store
 

@@ -11,7 +11,8 @@ import pytest
 from matpo import wire
 from matpo.errors import JournalError, RefusedError
 from matpo.metrics import Metrics
-from matpo_broker.ledger import Ledger, Rules, length_bucket
+from matpo_broker.ledger import Ledger
+from matpo_broker.members import Rules, length_bucket
 from matpo_broker.tables import Location, accounting
 
 RULES = Rules(run="r", lease_s=10.0, max_attempts=2, credit_bytes=1000)
@@ -64,13 +65,13 @@ def episode(lease: wire.Lease, num_bytes: int = 100, crc: int = 7) -> wire.Store
 
 def store(ledger: Ledger, lease: wire.Lease, *, num_bytes: int = 100, file: int = 0) -> wire.StoreEpisode:
     message = episode(lease, num_bytes)
-    assert ledger.admit(message)
-    ledger.record(message, "a", Location(file=file, offset=8, num_bytes=num_bytes, crc32c=7))
+    assert ledger.members.admit(message)
+    ledger.members.record(message, "a", Location(file=file, offset=8, num_bytes=num_bytes, crc32c=7))
     return message
 
 
 def store_all(ledger: Ledger, *, num_bytes: int = 100, file: int = 0) -> None:
-    for lease in ledger.lease("a", 4096, 0.0)[0]:
+    for lease in ledger.members.lease("a", 4096, 0.0)[0]:
         store(ledger, lease, num_bytes=num_bytes, file=file)
 
 
@@ -87,89 +88,89 @@ def commit(epoch: int, below: int, kept: int = 0, consumed: tuple[int, ...] = ()
 
 def test_the_same_episode_again_is_a_duplicate(ledger: Ledger) -> None:
     start(ledger, order(0))
-    message = store(ledger, ledger.lease("a", 1, 0.0)[0][0])
-    assert ledger.admit(message) is False
+    message = store(ledger, ledger.members.lease("a", 1, 0.0)[0][0])
+    assert ledger.members.admit(message) is False
 
 
 def test_another_episode_for_a_stored_member_is_refused(ledger: Ledger) -> None:
     start(ledger, order(0))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
     store(ledger, lease)
     with pytest.raises(RefusedError) as refused:
-        ledger.admit(episode(lease, crc=8))
+        ledger.members.admit(episode(lease, crc=8))
     assert refused.value.reason == "lease_lost"
 
 
 def test_a_lease_never_outlives_its_deadline(ledger: Ledger) -> None:
     start(ledger, order(0))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
-    ledger.expire(10.0)
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
+    ledger.members.expire(10.0)
     with pytest.raises(RefusedError, match="was lost"):
-        ledger.admit(episode(lease))
-    assert ledger.heartbeat("a", [lease.lease], 10.0) == [lease.lease]
+        ledger.members.admit(episode(lease))
+    assert ledger.members.heartbeat("a", [lease.lease], 10.0) == [lease.lease]
 
 
 def test_a_heartbeat_renews_a_lease(ledger: Ledger) -> None:
     start(ledger, order(0))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
-    assert ledger.heartbeat("a", [lease.lease], 9.0) == []
-    ledger.expire(18.9)
-    assert ledger.admit(episode(lease))
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
+    assert ledger.members.heartbeat("a", [lease.lease], 9.0) == []
+    ledger.members.expire(18.9)
+    assert ledger.members.admit(episode(lease))
 
 
 def test_another_actor_cannot_renew_or_release_a_lease(ledger: Ledger) -> None:
     start(ledger, order(0))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
-    ledger.release("b", [lease.lease], infra=True)
-    assert ledger.heartbeat("b", [lease.lease], 1.0) == [lease.lease]
-    assert ledger.admit(episode(lease))
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
+    ledger.members.release("b", [lease.lease], infra=True)
+    assert ledger.members.heartbeat("b", [lease.lease], 1.0) == [lease.lease]
+    assert ledger.members.admit(episode(lease))
 
 
 def test_a_stored_lease_is_not_called_lost(ledger: Ledger) -> None:
     start(ledger, order(0))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
     store(ledger, lease)
-    assert ledger.heartbeat("a", [lease.lease], 1.0) == []
+    assert ledger.members.heartbeat("a", [lease.lease], 1.0) == []
 
 
 def test_a_lost_member_is_handed_out_again_as_the_next_attempt(ledger: Ledger) -> None:
     start(ledger, order(0, size=1))
-    ledger.lease("a", 1, 0.0)
-    ledger.expire(10.0)
-    (again,) = ledger.lease("b", 1, 10.0)[0]
+    ledger.members.lease("a", 1, 0.0)
+    ledger.members.expire(10.0)
+    (again,) = ledger.members.lease("b", 1, 10.0)[0]
     assert (again.member, again.attempt) == (0, 1)
 
 
 def test_a_lease_stores_only_its_own_member(ledger: Ledger) -> None:
     start(ledger, order(0))
-    first, second = ledger.lease("a", 2, 0.0)[0]
+    first, second = ledger.members.lease("a", 2, 0.0)[0]
     with pytest.raises(RefusedError) as refused:
-        ledger.admit(episode(first.model_copy(update={"lease": second.lease})))
+        ledger.members.admit(episode(first.model_copy(update={"lease": second.lease})))
     assert refused.value.reason == "lease_mismatch"
 
 
 def test_goodbye_frees_leases_without_counting_a_failure(ledger: Ledger) -> None:
     start(ledger, order(0, size=1))
     for _ in range(5):
-        assert len(ledger.lease("a", 1, 0.0)[0]) == 1
-        ledger.depart("a")
+        assert len(ledger.members.lease("a", 1, 0.0)[0]) == 1
+        ledger.members.depart("a")
     assert ledger.counts()["groups_dropped"] == 0
 
 
 def test_a_member_that_used_up_its_attempts_takes_its_group_down_as_a_tombstone(ledger: Ledger) -> None:
     epoch = start(ledger, order(0))
-    store(ledger, ledger.lease("a", 1, 0.0)[0][0])
+    store(ledger, ledger.members.lease("a", 1, 0.0)[0][0])
     for _ in range(RULES.max_attempts):
-        ledger.release("a", [lease.lease for lease in ledger.lease("a", 1, 0.0)[0]], infra=True)
+        ledger.members.release("a", [lease.lease for lease in ledger.members.lease("a", 1, 0.0)[0]], infra=True)
     delivery = ledger.fetch(wire.Fetch(epoch=epoch))
     assert delivery is not None
     assert (delivery.group, delivery.dropped, delivery.episodes) == ("g-0", "attempts", [])
-    assert ledger.lease("a", 1, 0.0)[0] == []
+    assert ledger.members.lease("a", 1, 0.0)[0] == []
 
 
 def test_a_group_is_delivered_only_when_it_is_whole(ledger: Ledger) -> None:
     epoch = start(ledger, order(0))
-    first, second = ledger.lease("a", 2, 0.0)[0]
+    first, second = ledger.members.lease("a", 2, 0.0)[0]
     store(ledger, first)
     assert fetch(ledger, epoch) is None
     store(ledger, second)
@@ -242,10 +243,10 @@ def test_a_checkpoint_older_than_what_is_forgotten_is_refused(ledger: Ledger) ->
 
 def test_members_of_a_consumed_order_are_not_played_any_more(ledger: Ledger) -> None:
     epoch = start(ledger, order(0))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
     ledger.cover(commit(epoch, below=1))
-    assert ledger.lease("a", 1, 0.0) == ([], "")
-    assert ledger.heartbeat("a", [lease.lease], 0.0) == [lease.lease]
+    assert ledger.members.lease("a", 1, 0.0) == ([], "")
+    assert ledger.members.heartbeat("a", [lease.lease], 0.0) == [lease.lease]
 
 
 def test_a_new_learner_raises_the_epoch_and_the_same_one_keeps_it(ledger: Ledger) -> None:
@@ -287,7 +288,7 @@ def test_a_peer_that_disagrees_with_the_run_is_refused(ledger: Ledger, field: st
 
 def test_orders_that_are_there_already_change_nothing(ledger: Ledger) -> None:
     epoch = start(ledger, order(0))
-    ledger.lease("a", 1, 0.0)
+    ledger.members.lease("a", 1, 0.0)
     ledger.place(wire.PlaceOrders(epoch=epoch, orders=[order(0), order(1)]))
     assert (ledger.counts()["orders"], ledger.counts()["members_open"]) == (2, 3)
 
@@ -302,39 +303,39 @@ def test_an_order_with_another_task_under_a_known_index_is_refused_and_nothing_i
 
 def test_an_actor_gets_its_own_groups_first_then_untouched_ones(ledger: Ledger) -> None:
     start(ledger, order(0), order(1), order(2))
-    groups = [ledger.lease(actor, 1, 0.0)[0][0].group for actor in ("a", "b", "a", "b", "a", "b")]
+    groups = [ledger.members.lease(actor, 1, 0.0)[0][0].group for actor in ("a", "b", "a", "b", "a", "b")]
     assert groups == ["g-0", "g-1", "g-0", "g-1", "g-2", "g-2"]
 
 
 def test_no_new_members_while_a_ready_group_waits_and_the_backlog_is_above_credit(ledger: Ledger) -> None:
     epoch = start(ledger, order(0), order(1, size=1))
-    for lease in ledger.lease("a", 2, 0.0)[0]:
+    for lease in ledger.members.lease("a", 2, 0.0)[0]:
         store(ledger, lease, num_bytes=600)
-    leases, paused = ledger.lease("a", 1, 0.0)
+    leases, paused = ledger.members.lease("a", 1, 0.0)
     assert leases == []
     assert "credit_bytes=1000" in paused
     fetch(ledger, epoch)
-    assert len(ledger.lease("a", 1, 0.0)[0]) == 1
+    assert len(ledger.members.lease("a", 1, 0.0)[0]) == 1
 
 
 def test_parts_of_groups_alone_never_pause_the_actors(ledger: Ledger) -> None:
     start(ledger, order(0))
-    store(ledger, ledger.lease("a", 1, 0.0)[0][0], num_bytes=5000)
-    assert len(ledger.lease("a", 1, 0.0)[0]) == 1
+    store(ledger, ledger.members.lease("a", 1, 0.0)[0][0], num_bytes=5000)
+    assert len(ledger.members.lease("a", 1, 0.0)[0]) == 1
 
 
 def test_leases_of_a_dead_broker_get_a_fresh_deadline(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "l", RULES, Metrics("broker"), now_s=5000.0)
     start(first, order(0))
-    lease = first.lease("a", 1, 5000.0)[0][0]
+    lease = first.members.lease("a", 1, 5000.0)[0][0]
     first.commit()
     first.close()
     second = Ledger(tmp_path / "l", RULES, Metrics("broker"), now_s=3.0)
-    second.expire(12.9)
-    assert second.admit(episode(lease))
-    second.expire(13.0)
+    second.members.expire(12.9)
+    assert second.members.admit(episode(lease))
+    second.members.expire(13.0)
     with pytest.raises(RefusedError, match="was lost"):
-        second.admit(episode(lease))
+        second.members.admit(episode(lease))
     second.close()
 
 
@@ -343,8 +344,8 @@ def test_a_lease_id_is_never_used_twice(tmp_path: Path) -> None:
     for _ in range(3):
         ledger = Ledger(tmp_path / "l", RULES, Metrics("broker"), now_s=0.0)
         start(ledger, order(0))
-        seen.add(ledger.lease("a", 1, 0.0)[0][0].lease)
-        ledger.depart("a")
+        seen.add(ledger.members.lease("a", 1, 0.0)[0][0].lease)
+        ledger.members.depart("a")
         ledger.commit()
         ledger.close()
     assert len(seen) == 3
@@ -377,13 +378,13 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
 def test_accounting_names_every_order_and_episode_beside_a_running_broker(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite", RULES, Metrics("broker"), now_s=0.0)
     epoch = start(ledger, order(0), order(1), order(2))
-    first = ledger.lease("a", 2, 0.0)[0]
+    first = ledger.members.lease("a", 2, 0.0)[0]
     for lease in first:
         store(ledger, lease)
     fetch(ledger, epoch)
     ledger.cover(commit(epoch, below=1))
-    store(ledger, ledger.lease("a", 1, 0.0)[0][0])
-    ledger.drop(2, "attempts")
+    store(ledger, ledger.members.lease("a", 1, 0.0)[0][0])
+    ledger.members.drop(2, "attempts")
     ledger.commit()
     books = accounting(tmp_path)
     assert (books.orders, books.whole, books.committed) == (["g-0", "g-1", "g-2"], ["g-0"], ["g-0"])
@@ -451,7 +452,7 @@ def test_only_the_poison_of_a_batch_is_quarantined(ledger: Ledger) -> None:
         while 1 not in batch or len(batch) < 2:
             delivery = ledger.fetch(wire.Fetch(epoch=epoch, received=received))
             if delivery is None:
-                leases = ledger.lease("a", 1, 0.0)[0]
+                leases = ledger.members.lease("a", 1, 0.0)[0]
                 if not leases:
                     break
                 store(ledger, leases[0])
@@ -477,7 +478,7 @@ def test_suspects_are_handed_out_one_at_a_time(ledger: Ledger) -> None:
         fetch_all(ledger, epoch)
         epoch = next_learner(ledger, life)
     ledger.place(wire.PlaceOrders(epoch=epoch, orders=[order(3, 1), order(4, 1)]))
-    store(ledger, ledger.lease("a", 1, 0.0)[0][0])
+    store(ledger, ledger.members.lease("a", 1, 0.0)[0][0])
     assert fetch(ledger, epoch) == "g-0"
     assert fetch(ledger, epoch, received="g-0") == "g-3"
     assert fetch(ledger, epoch, received="g-3") is None  # g-4 may still come
@@ -536,8 +537,8 @@ def test_lease_losses_have_a_limit_of_their_own() -> None:
     epoch = start(ledger, order(0, 1))
     for life in range(5):
         assert fetch(ledger, epoch) is None
-        assert ledger.lease("a", 1, life * 10.0)[0][0].attempt == life
-        ledger.expire((life + 1) * 10.0)
+        assert ledger.members.lease("a", 1, life * 10.0)[0][0].attempt == life
+        ledger.members.expire((life + 1) * 10.0)
     delivery = ledger.fetch(wire.Fetch(epoch=epoch))
     assert delivery is not None
     assert delivery.dropped == "lease_losses"
@@ -548,13 +549,13 @@ def test_an_order_that_is_too_old_is_dropped_with_its_length_bucket() -> None:
     metrics = Metrics("broker")
     ledger = Ledger(":memory:", replace(RULES, max_order_age_s=100.0), metrics, now_s=0.0)
     epoch = start(ledger, order(0), order(1, 1))
-    lease, _, whole = ledger.lease("a", 3, 0.0)[0]
+    lease, _, whole = ledger.members.lease("a", 3, 0.0)[0]
     for one in (lease, whole):
         message = episode(one).model_copy(update={"num_tokens": 5000})
-        ledger.record(message, "a", Location(file=0, offset=8, num_bytes=100, crc32c=7))
-    ledger.expire(99.0)
+        ledger.members.record(message, "a", Location(file=0, offset=8, num_bytes=100, crc32c=7))
+    ledger.members.expire(99.0)
     assert fetch(ledger, epoch) == "g-1"
-    ledger.expire(100.0)
+    ledger.members.expire(100.0)
     assert fetch_all(ledger, epoch) == {"g-0": "expired", "g-1": ""}
     labels = {"reason": "expired", "tokens": "<16k"}
     assert metrics.registry.get_sample_value("matpo_broker_groups_dropped_total", labels) == 1
@@ -563,9 +564,9 @@ def test_an_order_that_is_too_old_is_dropped_with_its_length_bucket() -> None:
 
 def test_a_group_with_a_token_that_is_too_old_is_a_tombstone(ledger: Ledger) -> None:
     epoch = start(ledger, order(0), order(1))
-    for lease, version in zip(ledger.lease("a", 4, 0.0)[0], (7, 5, 7, -1), strict=True):
+    for lease, version in zip(ledger.members.lease("a", 4, 0.0)[0], (7, 5, 7, -1), strict=True):
         message = episode(lease).model_copy(update={"min_version": version})
-        ledger.record(message, "a", Location(file=0, offset=8, num_bytes=100, crc32c=7))
+        ledger.members.record(message, "a", Location(file=0, offset=8, num_bytes=100, crc32c=7))
     first = ledger.fetch(wire.Fetch(epoch=epoch, min_version=6))
     second = ledger.fetch(wire.Fetch(epoch=epoch, min_version=6, received="g-0"))
     assert first is not None
@@ -585,28 +586,28 @@ def test_the_length_bucket_is_that_of_the_mean_episode() -> None:
 
 def test_a_failed_member_goes_to_another_actor_first(ledger: Ledger) -> None:
     start(ledger, order(0, 1))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
-    ledger.release("a", [lease.lease], infra=True, now_s=0.0)
-    assert ledger.lease("a", 1, 1.0, num_actors=2)[0] == []
-    assert ledger.has_reserved
-    assert len(ledger.lease("b", 1, 1.0, num_actors=2)[0]) == 1
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
+    ledger.members.release("a", [lease.lease], infra=True, now_s=0.0)
+    assert ledger.members.lease("a", 1, 1.0, num_actors=2)[0] == []
+    assert ledger.members.has_reserved
+    assert len(ledger.members.lease("b", 1, 1.0, num_actors=2)[0]) == 1
 
 
 def test_a_failed_member_goes_to_the_same_actor_when_no_other_takes_it(ledger: Ledger) -> None:
     start(ledger, order(0, 1))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
-    ledger.release("a", [lease.lease], infra=True, now_s=0.0)
-    assert len(ledger.lease("a", 1, 1.0, num_actors=1)[0]) == 1
-    lease = ledger.lease("b", 1, 20.0)[0]
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
+    ledger.members.release("a", [lease.lease], infra=True, now_s=0.0)
+    assert len(ledger.members.lease("a", 1, 1.0, num_actors=1)[0]) == 1
+    lease = ledger.members.lease("b", 1, 20.0)[0]
     assert lease == []
 
 
 def test_a_damaged_member_is_played_again_and_the_others_stay(ledger: Ledger) -> None:
     epoch = ready(ledger, 1, size=3)
     assert fetch(ledger, epoch) == "g-0"
-    ledger.reopen(0, 1)
+    ledger.members.reopen(0, 1)
     assert fetch(ledger, epoch) is None
-    (lease,) = ledger.lease("a", 5, 0.0)[0]
+    (lease,) = ledger.members.lease("a", 5, 0.0)[0]
     assert (lease.member, lease.attempt) == (1, 1)
     store(ledger, lease)
     delivery = ledger.fetch(wire.Fetch(epoch=epoch))
@@ -616,11 +617,11 @@ def test_a_damaged_member_is_played_again_and_the_others_stay(ledger: Ledger) ->
 
 def test_a_lease_is_good_only_for_the_actor_that_has_it(ledger: Ledger) -> None:
     start(ledger, order(0))
-    lease = ledger.lease("a", 1, 0.0)[0][0]
+    lease = ledger.members.lease("a", 1, 0.0)[0][0]
     with pytest.raises(RefusedError) as refused:
-        ledger.admit(episode(lease), "thief")
+        ledger.members.admit(episode(lease), "thief")
     assert refused.value.reason == "lease_mismatch"
-    assert ledger.admit(episode(lease), "a")
+    assert ledger.members.admit(episode(lease), "a")
 
 
 def test_commits_are_kept_with_their_checkpoints(ledger: Ledger) -> None:

@@ -20,8 +20,8 @@ from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings
 from matpo_broker.disk import Disk
 from matpo_broker.journal import path_of, read_episodes, record_head
-from matpo_broker.ledger import Rules
 from matpo_broker.maintenance import compact, verify
+from matpo_broker.members import Rules
 from matpo_broker.store import Store
 from matpo_broker.tables import LEDGER_NAME, open_read_only, stored_rows
 
@@ -57,7 +57,7 @@ class Journalist:
         self.store.commit(0.0)
 
     def play(self, num_members: int = 1000) -> None:
-        leases, _ = self.store.ledger.lease("a", num_members, 0.0)
+        leases, _ = self.store.ledger.members.lease("a", num_members, 0.0)
         for lease in leases:
             payload = payload_of(f"{lease.group}.{lease.member}.{lease.attempt}")
             message = wire.StoreEpisode(
@@ -280,7 +280,7 @@ def test_after_compact_orders_are_known_and_too_old_a_checkpoint_is_refused(half
     compacted(half_done.folder)
     ledger = half_done.open().ledger
     half_done.order(0, 20)  # known, all of them
-    assert ledger.lease("a", 10, 0.0) == ([], "")
+    assert ledger.members.lease("a", 10, 0.0) == ([], "")
     with pytest.raises(RefusedError) as refused:
         ledger.resume(half_done.resume(5))
     assert refused.value.reason == "forgotten"

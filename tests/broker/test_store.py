@@ -20,7 +20,7 @@ from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings
 from matpo_broker.disk import Disk
 from matpo_broker.journal import hash_file
-from matpo_broker.ledger import Rules
+from matpo_broker.members import Rules
 from matpo_broker.store import BALLAST_NAME, RETRY_S, Store, TurnLostError
 from matpo_broker.tables import LEDGER_NAME, open_read_only, stored_rows
 
@@ -105,7 +105,7 @@ class Case:
         self.store.commit(0.0)
 
     def lease(self, num_members: int = 1) -> list[wire.Lease]:
-        leases, _ = self.store.ledger.lease("a", num_members, 0.0)
+        leases, _ = self.store.ledger.members.lease("a", num_members, 0.0)
         self.store.commit(0.0)
         return leases
 
@@ -284,7 +284,7 @@ def test_a_damaged_record_that_is_played_again_leaves_the_rest_of_its_file_alone
             case.store.commit(0.0)
             if is_sealed:
                 case.reopen()
-            case.store.ledger.reopen(0, index_of_damage)
+            case.store.ledger.members.reopen(0, index_of_damage)
             case.store.commit(0.0)
             for _ in range(2):
                 case.reopen()
@@ -430,7 +430,7 @@ def test_a_flush_that_finds_the_disk_full_loses_the_turn_as_a_whole(case: Case, 
     disk.broken.clear()
     assert (caught.value.reason, caught.value.retry_after_s) == ("disk_full", RETRY_S)
     assert case.store.ledger is not ledger
-    assert case.store.ledger.next_deadline_s == 7.0 + 100.0  # leases are kept, with fresh deadlines
+    assert case.store.ledger.members.next_deadline_s == 7.0 + 100.0  # leases are kept, with fresh deadlines
     assert case.stored() == {"g-0.0.0": b"a" * 100}
     assert case.put(lost, b"b" * 100)
     assert case.put(after, b"c" * 100)
@@ -606,8 +606,8 @@ def restart_on_a_full_disk(folder: Path) -> None:
     case.open()
     assert case.store.is_full
     assert len(case.stored()) == 20
-    case.store.ledger.heartbeat("a", [lease.lease for lease in leases[20:]], 1.0)
-    case.store.ledger.release("a", [leases[99].lease], infra=False)
+    case.store.ledger.members.heartbeat("a", [lease.lease for lease in leases[20:]], 1.0)
+    case.store.ledger.members.release("a", [leases[99].lease], infra=False)
     case.store.commit(1.0)
     for path in folder.glob("fill-*"):
         path.unlink()

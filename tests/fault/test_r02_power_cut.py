@@ -28,7 +28,7 @@ from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings
 from matpo_broker import store as store_module
 from matpo_broker.journal import Journal, Recovered, Sealed, file_numbers, hash_file, path_of, record_end
-from matpo_broker.ledger import Rules
+from matpo_broker.members import Rules
 from matpo_broker.store import Store, TurnLostError
 from matpo_broker.tables import LEDGER_NAME, open_read_only, stored_rows
 
@@ -92,7 +92,7 @@ class Workload:
         orders = [wire.Order(group=f"g-{i}", index=i, group_size=2, task=task) for i in range(GROUPS + SPARE_GROUPS)]
         self.store.ledger.place(wire.PlaceOrders(epoch=self.epoch, orders=orders))
         self.store.commit(0.0)
-        self.leases = self.store.ledger.lease("a", GROUPS * 2, 0.0)[0]
+        self.leases = self.store.ledger.members.lease("a", GROUPS * 2, 0.0)[0]
         self.store.commit(0.0)
         for what in self.plan:
             {
@@ -246,7 +246,7 @@ def _payload_files(folder: Path) -> dict[str, int | None]:
 
 
 def _goes_on(store: Store, *, has_orders: bool) -> str | None:
-    leases, _ = store.ledger.lease("after", 1, 0.0)
+    leases, _ = store.ledger.members.lease("after", 1, 0.0)
     if not leases:
         return "nothing to lease" if has_orders else None
     message = message_of(leases[0])

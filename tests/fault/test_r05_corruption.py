@@ -22,7 +22,7 @@ from matpo.errors import JournalError
 from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings
 from matpo_broker.journal import Journal, hash_file, path_of, record_end
-from matpo_broker.ledger import Rules
+from matpo_broker.members import Rules
 from matpo_broker.store import Store
 from matpo_broker.tables import LEDGER_NAME, StoredRow, stored_rows
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     hello = wire.Hello(peer="learner", name="l", incarnation="i", run="fault", schema_version=1)
     epoch = store.ledger.greet_learner(hello)
     store.ledger.place(wire.PlaceOrders(epoch=epoch, orders=orders_of(range(NUM_EPISODES), 1)))
-    leases, _ = store.ledger.lease("a", NUM_EPISODES, 0.0)
+    leases, _ = store.ledger.members.lease("a", NUM_EPISODES, 0.0)
     for lease in leases:
         message, payload = episode_of(lease, BYTES_EACH)
         store.put(message, "a", payload)

@@ -20,7 +20,8 @@ import matpo_broker
 from matpo import wire
 from matpo.metrics import Metrics
 from matpo_broker.clock import MAX_STEP_S, PatientClock
-from matpo_broker.ledger import Ledger, Rules
+from matpo_broker.ledger import Ledger
+from matpo_broker.members import Rules
 
 LEASE_S = 60.0
 HOUR_S = 3600.0
@@ -39,7 +40,7 @@ class Turns:
         task = wire.OrderedTask(id="t", environment="e", question="q")
         order = wire.Order(group="g-0", index=0, group_size=num_members, task=task)
         self.ledger.place(wire.PlaceOrders(epoch=epoch, orders=[order]), self.clock())
-        leases, _ = self.ledger.lease("a", num_members, self.clock())
+        leases, _ = self.ledger.members.lease("a", num_members, self.clock())
         self.leases = [lease.lease for lease in leases]
 
     def turn(self, passed_s: float, *, heartbeat: bool = False) -> int:
@@ -47,8 +48,8 @@ class Turns:
         self.source_s += passed_s
         now_s = self.clock()
         if heartbeat:
-            assert self.ledger.heartbeat("a", self.leases, now_s) == []
-        self.ledger.expire(now_s)
+            assert self.ledger.members.heartbeat("a", self.leases, now_s) == []
+        self.ledger.members.expire(now_s)
         return self.ledger.counts()["members_leased"]
 
 
@@ -89,7 +90,7 @@ def test_orders_do_not_expire_because_the_broker_slept() -> None:
     orders = [wire.Order(group=f"g-{i}", index=i, group_size=1, task=task) for i in range(20)]
     ledger.place(wire.PlaceOrders(epoch=epoch, orders=orders), clock())
     source_s += 10 * HOUR_S
-    ledger.expire(clock())
+    ledger.members.expire(clock())
     assert ledger.counts()["groups_dropped"] == 0
 
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from matpo_ops.processes import Child
 
 MIB = 2**20
 LARGE, MEDIUM, SMALL = MIB, 64 * 1024, 2000
-IN_FLIGHT = {LARGE: 16, MEDIUM: 256, SMALL: 2048}  # episodes on the way, shared by all producers
+IN_FLIGHT = {LARGE: 32, MEDIUM: 256, SMALL: 2048}  # episodes on the way, shared by all producers
 GROUP_SIZE = {LARGE: 8, MEDIUM: 64, SMALL: 64}
 MOST_EPISODES_S = {LARGE: 3000, MEDIUM: 20000, SMALL: 20000}  # orders are placed for as many
 PRODUCERS = 4
@@ -49,7 +49,6 @@ class Bench:
     seconds: float = 3.0
     num_pairs: int = 5
     began_s: float = field(default_factory=time.monotonic)
-    results: dict[str, Any] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Progress, for people."""
@@ -228,7 +227,19 @@ def large_and_medium(bench: Bench) -> dict[str, Any]:
     found["ratio_to_disk"] = median_ratio(disk)
     found["disk_mib_s"] = round(statistics.median(each for _, each in disk))
     found["fdatasync_ms"] = round(bench.fdatasync_ms(), 3)
-    return {**found, **_by_producers(bench), **_ceiling(bench), **_moderate(bench)}
+    return {**found, **_without_keys(bench), **_by_producers(bench), **_ceiling(bench), **_moderate(bench)}
+
+
+def _without_keys(bench: Bench) -> dict[str, Any]:
+    """Like for like: Redis has no encryption here, so ours without it too."""
+    plain = replace(bench, keys=False)
+    found: dict[str, Any] = {}
+    for size, name in ((LARGE, "1mib"), (MEDIUM, "64kib")):
+        pairs = [(plain.ours(size).mib_s, plain.redis(size).mib_s) for _ in range(3)]
+        found[f"ratio_to_redis_{name}_without_keys"] = median_ratio(pairs)
+        found[f"mib_s_{name}_without_keys"] = [round(statistics.median(side)) for side in zip(*pairs, strict=True)]
+        bench.say(f"{name} without keys: ours {pairs[-1][0]:.0f}, redis {pairs[-1][1]:.0f} MiB/s")
+    return found
 
 
 def _by_producers(bench: Bench) -> dict[str, Any]:
