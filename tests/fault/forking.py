@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import select
@@ -106,26 +107,19 @@ class Life:
 
 def learner() -> Callable[[], None]:
     """The command matpo-learner."""
-    import deepspeed  # noqa: F401 - imported late by the engine; here, so that no life pays for it
-
-    import matpo_learner.process
-    import matpo_learner.sft  # noqa: F401
+    for late in ("deepspeed", "matpo_learner.process", "matpo_learner.sft"):  # here, so that no life pays for it
+        importlib.import_module(late)
     from matpo_learner.__main__ import main
 
-    assert matpo_learner.process
     return main
 
 
 def actor() -> Callable[[], None]:
     """The command matpo-actor, with the scripted engine."""
-    import matpo_actor.engines.scripted
-    import matpo_actor.process
+    for late in ("transformers.models.auto.tokenization_auto", "matpo_actor.engines.scripted", "matpo_actor.process"):
+        importlib.import_module(late)
     from matpo_actor.__main__ import main
-    from transformers import AutoTokenizer
 
-    assert AutoTokenizer
-    assert matpo_actor.engines.scripted
-    assert matpo_actor.process
     return main
 
 
@@ -165,13 +159,13 @@ def serve(program: str) -> None:
         order: dict[str, Any] = json.loads(line)
         if "wait" in order:
             _, status = os.waitpid(order["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201 - the protocol
+            print(os.waitstatus_to_exitcode(status), flush=True)
             continue
         pid = os.fork()
         if pid == 0:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             _become(program, order["arguments"], order["log"], main)
-        print(pid, flush=True)  # noqa: T201
+        print(pid, flush=True)
 
 
 def _threads() -> list[str]:
@@ -190,7 +184,7 @@ def _become(program: str, arguments: Sequence[str], log: str, main: Callable[[],
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # outermost: nothing of it may reach the fork server's own loop
+    except BaseException:  # noqa: BLE001 - outermost: nothing of it may reach the fork server's own loop
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -17,13 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.fault.forking import ForkServer, Life
-from tests.fault.harness import RUN, SOAK, GoneError, Place, episode_of, orders_of
+from tests.fault.harness import RUN, SOAK, Place, episode_of, orders_of
 
 from matpo import snapshot, wire
 from matpo.settings import load_run_file
