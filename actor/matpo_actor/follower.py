@@ -116,5 +116,7 @@ class Follower:
 
     async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._noticed.wait(), seconds)
+            # Not wait_for: on Python 3.11 it swallows a cancel that comes together with the event.
+            async with asyncio.timeout(seconds):
+                await self._noticed.wait()
         self._noticed.clear()

@@ -229,7 +229,8 @@ class _Actor:
             num_free = self.run_file.actor.num_members - len(self.playing)
             if num_free <= 0 or self.outbox.is_full:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.changed.wait(), PATIENCE_S)
+                    async with asyncio.timeout(PATIENCE_S):
+                        await self.changed.wait()
                 continue
             began, idle = time.monotonic(), not self.playing
             leases = await self._ask_for(num_free)
@@ -241,7 +242,8 @@ class _Actor:
                     self.playing[lease.lease] = tasks.create_task(self._member(lease))
             if not leases and took_s < 1.0:  # a broker that does not hold requests is not asked in a tight loop
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.changed.wait(), 0.2)
+                    async with asyncio.timeout(0.2):
+                        await self.changed.wait()
 
     async def _ask_for(self, num_members: int) -> list[wire.Lease]:
         request = wire.LeaseRequest(num_members=min(num_members, 4096), wait_s=LEASE_WAIT_S)

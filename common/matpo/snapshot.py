@@ -261,7 +261,10 @@ def collect(folder: Path, *, keep: int, grace_s: float, now_s: float) -> list[in
             gone.append(version)
     for path in folder.glob(".tmp-*"):
         if _is_older(path, now_s - grace_s):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     return gone
 
 

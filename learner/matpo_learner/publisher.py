@@ -39,6 +39,8 @@ class Lineage:
 
     def begin(self, version: int, update: int) -> None:
         """A new process publishes from `version` on, which is the weights of `update`."""
+        # A process that died before its first publish left a branch that no version is of.
+        self._branches = [branch for branch in self._branches if branch[0] < version]
         self._branches.append((version, update))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         snapshot.replace_text(self._path, _Branches.dump_json(self._branches).decode())

@@ -80,6 +80,14 @@ def test_every_version_below_the_oldest_admissible_one_lags_more(tmp_path: Path,
     assert lineage.oldest_within(update, max_lag) == admissible[0]
 
 
+def test_a_branch_that_published_nothing_makes_room_for_the_next(tmp_path: Path) -> None:
+    lineage = Lineage(tmp_path / "l.json")
+    lineage.begin(0, 0)
+    lineage.begin(30, 5)  # killed before version 30 was there; its checkpoint is torn, so the next one is older
+    lineage.begin(30, 4)
+    assert [Lineage(tmp_path / "l.json").update_of(version) for version in (29, 30, 31)] == [29, 4, 5]
+
+
 def test_a_damaged_lineage_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text("[[0, 0], [")
     with pytest.raises(CheckpointError, match="damaged"):

@@ -49,7 +49,8 @@ def test_many_producers_share_a_few_processes_and_one_budget() -> None:
     jobs = broker.producer_jobs("broker", "run.toml", broker.LARGE, 64, 0)
     assert sum(job.argument["connections"] for job in jobs) == 64
     assert len(jobs) == broker.MAX_PROCESSES
-    assert {job.argument["window"] for job in broker.producer_jobs("broker", "x", broker.LARGE, 4, 0)} == {broker.IN_FLIGHT[broker.LARGE] // 4}
+    four = broker.producer_jobs("broker", "x", broker.LARGE, 4, 0)
+    assert {job.argument["window"] for job in four} == {broker.IN_FLIGHT[broker.LARGE] // 4}
 
 
 def test_a_ratio_is_the_median_over_pairs_and_not_the_ratio_of_medians() -> None:
