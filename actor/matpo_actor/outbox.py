@@ -49,6 +49,7 @@ class Outbox:
         self._window = (max_bytes, NUM_SENDERS)  # bytes and episodes
         self._sent_bytes = self._num_sent = 0  # and not answered yet
         self._room = asyncio.Condition()
+        self._next = asyncio.Lock()
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -103,12 +104,13 @@ class Outbox:
 
     async def _send_all(self) -> None:
         while True:
-            message, payload = self._items[await self._waiting.get()]
-            async with self._room:
-                while not self._has_room(len(payload)):
-                    await self._room.wait()
-                self._sent_bytes += len(payload)
-                self._num_sent += 1
+            async with self._next:  # in order: a large one would wait for ever behind small ones that still fit
+                message, payload = self._items[await self._waiting.get()]
+                async with self._room:
+                    while not self._has_room(len(payload)):
+                        await self._room.wait()
+                    self._sent_bytes += len(payload)
+                    self._num_sent += 1
             try:
                 await self._send(message, payload)
             finally:

@@ -224,7 +224,7 @@ def quarantine_requeue(
 ) -> None:
     """Put quarantined groups back into the stream, for example after a fix of the learner.
 
-    Refused for a group that a checkpoint of the learner covers already.
+    The next learner gets them: start it again. Refused for a group that a checkpoint of the learner covers already.
 
     \b
     matpo-broker quarantine requeue run.toml g-00000007
@@ -236,7 +236,7 @@ def quarantine_requeue(
         chosen = _chosen(run_file, groups, every=every)
         if chosen:
             operate.ask(run_file, wire.Requeue(groups=chosen))
-        screen.say(f"{operate.count(len(chosen), 'group')} put back into the stream.")
+        screen.say(f"{operate.count(len(chosen), 'group')} go to the next learner: start it again.")
         screen.document({"requeued": chosen})
 
 

@@ -1,7 +1,7 @@
 """What each message does: asks the ledger, and says what goes back. No sockets; time is passed in.
 
 Rules kept here; each has a test in tests/broker/test_server.py:
-1. Every message gets exactly one reply, now or later (parked), never silently none.
+1. Every message gets exactly one reply, now or later (parked), unless its peer says goodbye meanwhile.
 2. Who is behind a message is its key and its connection, never what it says of itself.
 3. A peer says only what its role may say, on its role's port.
 4. A damaged payload costs its own member only: it is played again.
@@ -57,6 +57,7 @@ class Peer:
     hello: wire.Hello
     key: str
     user: str  # whose key it has
+    public: str  # that key
     heard_s: float
 
 
@@ -139,9 +140,12 @@ class Dispatch:
         """Begin a new turn."""
         self.replies, self.obsolete = [], []
 
-    def gone(self, address: Address) -> None:
-        """The connection is not there any more; its leases last until their deadline."""
-        self._peers.pop(address, None)
+    def gone(self, address: Address, unsent: wire.AnyMessage) -> None:
+        """The connection is not there any more; its leases last until their deadline, but for those that never left."""
+        peer = self._peers.pop(address, None)
+        if peer is not None and isinstance(unsent, wire.Leases):
+            leases = [lease.lease for lease in unsent.leases]
+            self._store.ledger.members.release(peer.key, leases, infra=False)
 
     def bump(self, counter: str) -> None:
         """Count something for `stat`."""
@@ -157,9 +161,9 @@ class Dispatch:
         """Actor processes that are connected."""
         return len({peer.key for peer in self._peers.values() if peer.hello.peer == "actor"})
 
-    def keep_users(self, names: frozenset[str]) -> None:
-        """Only these have a valid key: the others' connections and parked requests end."""
-        revoked = {address for address, peer in self._peers.items() if peer.user not in names}
+    def keep_keys(self, valid: frozenset[str]) -> None:
+        """Only these public keys are valid: the others' connections and parked requests end."""
+        revoked = {address for address, peer in self._peers.items() if peer.public not in valid}
         error = RefusedError("your key is not valid any more: it was revoked. Get the new key file.", reason="key")
         for key, parked in list(self._parked.items()):
             if parked.address in revoked:
@@ -256,7 +260,9 @@ class Dispatch:
         ledger.check_peer(hello)
         epoch = ledger.greet_learner(hello) if hello.peer == "learner" else ledger.epoch
         key = "/".join(part for part in (identity.name, hello.name, hello.incarnation) if part)
-        self._peers[received.address] = Peer(hello=hello, key=key, user=identity.name, heard_s=now_s)
+        self._peers[received.address] = Peer(
+            hello=hello, key=key, user=identity.name, public=identity.key, heard_s=now_s
+        )
         log.info("peer.hello", peer=hello.peer, name=hello.name, incarnation=hello.incarnation, user=identity.name)
         window_bytes, window_episodes = self._window()
         return wire.Welcome(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,7 @@ class Identity:
 
     name: str
     role: Literal["actor", "learner", "operator", ""]
+    key: str = field(default="", compare=False)  # the public key itself: a rotated name has another
 
 
 ANYONE = Identity(name="", role="")
@@ -58,7 +59,7 @@ class Gate:
         self._stamp: tuple[int, ...] = ()
         self._reading = threading.Lock()
         self._log_at_s = 0.0
-        self._names: frozenset[str] | None = None
+        self._valid_keys: frozenset[str] | None = None
         if keys is not None:
             self._broker = security.load_broker(keys)
             self._stamp = _stamp(keys)
@@ -96,9 +97,9 @@ class Gate:
         return found
 
     @property
-    def names(self) -> frozenset[str] | None:
-        """Whose keys are valid now; None when there are no keys."""
-        return self._names
+    def valid_keys(self) -> frozenset[str] | None:
+        """Public keys that are valid now; None when there are none in use."""
+        return self._valid_keys
 
     def refresh(self) -> None:
         """Read the list again if it has changed (one stat if not). Raises SetupError when the authenticator died."""
@@ -145,8 +146,8 @@ class Gate:
 
     def _read(self, folder: Path) -> None:
         entries = security.live(security.load_entries(folder)).items()
-        self._live = {public: Identity(name=entry.name, role=entry.role) for public, entry in entries}
-        self._names = frozenset(identity.name for identity in self._live.values())
+        self._live = {public: Identity(name=entry.name, role=entry.role, key=public) for public, entry in entries}
+        self._valid_keys = frozenset(self._live)
         log.info("keys.read", valid=len(self._live))
 
 

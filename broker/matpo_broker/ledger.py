@@ -33,6 +33,7 @@ from matpo_broker.members import Members, Rules
 from matpo_broker.tables import Meta, StoredRow, connect, rows_of
 
 MAX_TASK_BYTES = wire.MAX_HEADER_BYTES - 8192  # a lease repeats the task in its own header
+MAX_MEMBERS = 2**18  # of the orders in one message: they are entered in one turn
 KEPT_COMMITS = 1000
 
 log = logs.get()
@@ -105,7 +106,6 @@ class Ledger:
         self.check_peer(hello)
         known = self._one("SELECT epoch FROM learners WHERE incarnation = ?", hello.incarnation)
         if known is None:
-            self._bury(self.epoch)
             epoch = self.epoch + 1
             self._db.execute(
                 "INSERT INTO learners(epoch, incarnation, name) VALUES (?, ?, ?)",
@@ -117,12 +117,6 @@ class Ledger:
             log.info("learner.epoch", epoch=epoch, learner=hello.name)
         self._check_epoch(known if known is not None else self.epoch)
         return self.epoch
-
-    def _bury(self, epoch: int) -> None:
-        """A learner follows the one of `epoch`: if that one died, what it held is under suspicion."""
-        if self._one("SELECT clean FROM learners WHERE epoch = ?", epoch) == 0:
-            for group in quarantine.strike(self._db, epoch, limit=self._rules.max_deliveries):
-                self._count_quarantined(group, "deliveries")
 
     def farewell(self, incarnation: str) -> None:
         """A learner process said goodbye: nothing that it held did it harm."""
@@ -144,8 +138,12 @@ class Ledger:
         """Set what is consumed; every other complete group is ready again."""
         self._check_epoch(message.epoch)
         self._check_forgotten(message)
-        self._db.execute("UPDATE orders SET consumed = 0, delivered = NULL WHERE idx >= ?", (self._forgotten_below,))
+        self._db.execute("UPDATE orders SET consumed = 0 WHERE idx >= ?", (self._forgotten_below,))
         self._consume(message.consumed_below, message.consumed)
+        for group in quarantine.strike(self._db, message.epoch, limit=self._rules.max_deliveries):
+            self._count_quarantined(group, "deliveries")
+        quarantine.bring_back(self._db)
+        self._db.execute("UPDATE orders SET delivered = NULL WHERE idx >= ?", (self._forgotten_below,))
         self._meta.set(resumed=message.epoch, delivery="")
 
     def place(self, message: wire.PlaceOrders, now_s: float = 0.0) -> None:
@@ -153,7 +151,15 @@ class Ledger:
         self._check_epoch(message.epoch)
         new = []
         seen: set[int | str] = set()
+        if sum(order.group_size for order in message.orders) > MAX_MEMBERS:
+            raise RefusedError(f"orders of more than {MAX_MEMBERS} members in one message", reason="order_size")
         for order in message.orders:
+            if order.group_size * (2 * len(order.group) + 64) > wire.MAX_HEADER_BYTES:
+                raise RefusedError(
+                    f"a group of {order.group_size} members with a name of {len(order.group)} characters would not fit "
+                    "into one message. Use smaller groups or shorter names.",
+                    reason="order_size",
+                )
             task = _pack(order.task)
             if len(task) > MAX_TASK_BYTES:
                 raise RefusedError(

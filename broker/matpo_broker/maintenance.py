@@ -103,7 +103,8 @@ def _check_ledger(db: sqlite3.Connection, found: Verified) -> None:
         problems += [
             f"{group} is {state}, but {stored} of its {size} episodes are there"
             for group, state, size, stored in db.execute(
-                "SELECT grp, state, group_size, (SELECT count(*) FROM episodes e WHERE e.idx = o.idx) AS stored"
+                "SELECT grp, state, group_size, (SELECT count(*) FROM episodes e WHERE e.idx = o.idx)"
+                " AS stored"
                 " FROM orders o WHERE state IN ('whole', 'quarantined') AND stored != group_size"
             )
         ]
@@ -192,8 +193,10 @@ def compact(
 
 def _compact(folder: Path, db: sqlite3.Connection, journal: Journal, disk: Disk, progress: Progress) -> Compacted:
     done = Compacted(bytes_before=_num_bytes(folder))
-    sealed = [number for (number,) in db.execute("SELECT number FROM files")]
-    journal.recover(_ends(db), sealed)  # what was never acknowledged goes first, as at each start
+    sealed: dict[int, int] = dict(db.execute("SELECT number, num_bytes FROM files"))
+    ends = _ends(db)
+    ends |= {number: max(ends[number], size) for number, size in sealed.items() if number in ends}
+    journal.recover(ends, sealed)  # what was never acknowledged goes first, as at each start
     dead = _mostly_dead(folder, db)
     total = sum(num_bytes for num_bytes in dead.values())
     copied = 0
@@ -287,9 +290,11 @@ def _prune(db: sqlite3.Connection) -> tuple[int, int]:
             (below,),
         )
         db.execute(
-            "INSERT INTO history SELECT state, reason, count(*), sum(stored), sum(num_tokens) FROM (SELECT state,"
-            " reason, num_tokens, (SELECT count(*) FROM episodes e WHERE e.idx = o.idx) AS stored FROM orders o"
-            " WHERE idx IN past) GROUP BY 1, 2 ON CONFLICT DO UPDATE SET groups = groups + excluded.groups,"
+            "INSERT INTO history SELECT state, reason, count(*), sum(stored), cast(total(num_tokens) AS INTEGER)"
+            " FROM (SELECT state, reason, num_tokens, (SELECT count(*) FROM episodes e WHERE e.idx = o.idx)"
+            " AS stored"
+            " FROM orders o WHERE idx IN past) GROUP BY 1, 2"
+            " ON CONFLICT DO UPDATE SET groups = groups + excluded.groups,"
             " episodes = episodes + excluded.episodes, tokens = tokens + excluded.tokens"
         )
         episodes = db.execute("DELETE FROM episodes WHERE idx IN past").rowcount

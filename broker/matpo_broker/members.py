@@ -151,7 +151,7 @@ class Members:
                 "SELECT m.idx, m.member, m.attempt, o.grp, o.task FROM orders o CROSS JOIN members m USING (idx)"
                 f" WHERE o.state = 'open' AND o.consumed = 0 AND {mine} AND m.lease IS NULL"
                 " ORDER BY o.idx, m.member LIMIT ?",
-                (*values, limit),
+                (*values, limit + len(self._elsewhere)),
             )
             for row in rows:
                 if len(found) < limit and not self._is_for_others(row[:2], actor, now_s, num_actors):

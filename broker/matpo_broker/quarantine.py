@@ -15,15 +15,22 @@ from collections.abc import Sequence
 
 from matpo.errors import RefusedError
 
+REQUEUED = "requeued"
+_BACK = (
+    "UPDATE orders SET state = 'whole', reason = '', strikes = 0"
+    " WHERE state = 'quarantined' AND consumed = 0 AND reason = ?"
+)
 
-def strike(db: sqlite3.Connection, dead_epoch: int, *, limit: int) -> list[str]:
-    """The learner of `dead_epoch` died: count it against what it held. Returns groups that are now quarantined."""
+
+def strike(db: sqlite3.Connection, epoch: int, *, limit: int) -> list[str]:
+    """Learners before `epoch` died: count it against what they held. Returns groups that are now quarantined."""
     if limit == 0:
         return []
     db.execute(
         "UPDATE orders SET strikes = strikes + 1"
-        " WHERE delivered = ? AND consumed = 0 AND trained = 0 AND state = 'whole'",
-        (dead_epoch,),
+        " WHERE delivered IN (SELECT epoch FROM learners WHERE clean = 0 AND epoch < ?)"
+        " AND consumed = 0 AND trained = 0 AND state = 'whole'",
+        (epoch,),
     )
     rows = db.execute(
         "UPDATE orders SET state = 'quarantined', reason = 'deliveries'"
@@ -71,7 +78,8 @@ def _oldest_ready(db: sqlite3.Connection, *, strikes_below: int) -> tuple[int, s
 
 def requeue(db: sqlite3.Connection, groups: Sequence[str]) -> None:
     """Quarantined groups back into the stream. Raises RefusedError when one is not quarantined, or is consumed."""
-    for group in groups:
+    groups = list(dict.fromkeys(groups))
+    for group in groups:  # all of them before the first is changed: a refusal changes nothing
         _check_quarantined(db, group)
         consumed = db.execute("SELECT consumed FROM orders WHERE grp = ?", (group,)).fetchone()[0]
         if consumed:
@@ -80,15 +88,23 @@ def requeue(db: sqlite3.Connection, groups: Sequence[str]) -> None:
                 "the learner from an older checkpoint, or save it: matpo-broker quarantine show GROUP --out FOLDER.",
                 reason="consumed",
             )
-        db.execute(
-            "UPDATE orders SET state = 'whole', reason = '', strikes = 0, delivered = NULL WHERE grp = ?", (group,)
-        )
+    for group in groups:
+        # The learner that has seen it, or its tombstone, would not look at it again: it comes to the next one.
+        db.execute("UPDATE orders SET reason = ? WHERE grp = ?", (REQUEUED, group))
+        db.execute(f"{_BACK} AND grp = ? AND delivered IS NULL", (REQUEUED, group))
+
+
+def bring_back(db: sqlite3.Connection) -> None:
+    """A learner resumes: requeued groups that its checkpoint does not cover are whole again."""
+    db.execute(_BACK, (REQUEUED,))
 
 
 def purge(db: sqlite3.Connection, groups: Sequence[str]) -> None:
     """Quarantined groups become dropped ones, whose payloads may go. Raises RefusedError: one is not quarantined."""
+    groups = list(dict.fromkeys(groups))
     for group in groups:
         _check_quarantined(db, group)
+    for group in groups:
         db.execute("UPDATE orders SET state = 'dropped', reason = 'purged', num_bytes = 0 WHERE grp = ?", (group,))
 
 

@@ -56,7 +56,7 @@ class Server:
         self._clock = clock
         self._dispatch = Dispatch(settings, store, metrics)
         self._report_at_s = 0.0
-        self._names = gate.names
+        self._valid_keys = gate.valid_keys
         self._stopping = False
         self._turn_messages = 1 if settings.durability == "always" else TURN_MESSAGES
         self._committer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
@@ -69,7 +69,7 @@ class Server:
             "learner": self._socket(receive_hwm=64, send_hwm=16),
             # Small: what an actor sends beyond its window waits here, so this times max_payload_bytes is what it can
             # make us hold.
-            "actor": self._socket(receive_hwm=8, send_hwm=1000),
+            "actor": self._socket(receive_hwm=4, send_hwm=1000),
         }
         self._monitors = [s.get_monitor_socket(sum(_EVENTS)) for s in self._sockets.values()]
         self._poller = zmq.Poller()
@@ -115,9 +115,9 @@ class Server:
         now_s = self._clock()
         for received in arrived:
             self._dispatch.take(received, now_s)
-        if (names := self._gate.names) is not self._names and names is not None:
-            self._names = names
-            self._dispatch.keep_users(names)
+        if (keys := self._gate.valid_keys) is not self._valid_keys and keys is not None:
+            self._valid_keys = keys
+            self._dispatch.keep_keys(keys)
         self._store.ledger.members.expire(now_s)
         self._dispatch.serve_parked(now_s)
         committing = self._committer.submit(self._commit, now_s)
@@ -162,7 +162,7 @@ class Server:
         arrived: list[Received] = []
         for port in self._sockets:
             if self._sockets[port] in ready:
-                self._drain(port, arrived)
+                self._drain(port, arrived, [self._turn_messages, TURN_BYTES])
         return arrived
 
     def _receive_during(self, committing: Future[float]) -> list[Received]:
@@ -170,12 +170,13 @@ class Server:
         self._gate.refresh()
         arrived: list[Received] = []
         ports = list(self._sockets)
+        room = {port: [self._turn_messages, TURN_BYTES] for port in ports}  # for the whole turn, however long it takes
         while not committing.done():
             ready = self._poll(REPORT_S) if ports else ()
             if not ports:
                 committing.exception()  # waits; the result is looked at by the caller
             for port in [port for port in ports if self._sockets[port] in ready]:
-                if self._drain(port, arrived):
+                if self._drain(port, arrived, room[port]):
                     ports.remove(port)
                     self._poller.unregister(self._sockets[port])
         for port in self._sockets:
@@ -193,17 +194,16 @@ class Server:
                 self._metrics.count("connections_total", event=event)
         return ready
 
-    def _drain(self, port: Port, arrived: list[Received]) -> bool:
-        """Take what a socket has, up to a bound. Returns whether the bound was met."""
-        num_bytes = num_messages = 0
-        while num_messages < self._turn_messages and num_bytes < TURN_BYTES:
+    def _drain(self, port: Port, arrived: list[Received], room: list[int]) -> bool:
+        """Take what a socket has, up to what is left of `room` (messages, bytes). Returns whether that is used up."""
+        while room[0] > 0 and room[1] > 0:
             try:
                 frames = self._sockets[port].recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return False
             arrived.append(self._read(port, frames))
-            num_messages += 1
-            num_bytes += sum(len(frame) for frame in frames)
+            room[0] -= 1
+            room[1] -= sum(len(frame) for frame in frames)
         return True
 
     def _read(self, port: Port, frames: list[zmq.Frame]) -> Received:
@@ -236,7 +236,7 @@ class Server:
                 self._metrics.count("replies_undeliverable_total")
                 self._dispatch.bump("replies_undeliverable")
                 if error.errno == zmq.EHOSTUNREACH:
-                    self._dispatch.gone(address)
+                    self._dispatch.gone(address, message)
                 continue
             self._metrics.count("bytes_total", len(payload), direction="out")
 

@@ -93,6 +93,7 @@ class Accounting:
     committed: Sequence[str]  # a checkpoint of the learner covers it
     dropped: Mapping[str, str]  # group -> why it was given up
     quarantined: Mapping[str, str] = field(default_factory=dict)  # group -> why it was set aside
+    compacted_below: int = 0  # orders with a smaller index are not in here: `compact` has forgotten them
 
 
 def connect(path: Path | str, run: str) -> sqlite3.Connection:
@@ -175,14 +176,20 @@ def accounting(folder: Path) -> Accounting:
     db = open_read_only(folder / LEDGER_NAME)
     try:
         db.execute("BEGIN")  # one view of all tables
+        below = dict(db.execute("SELECT key, value FROM meta WHERE key = 'compacted_below'")).get("compacted_below", 0)
         orders = db.execute(
-            "SELECT grp, group_size, state, reason, delivered, consumed FROM orders ORDER BY idx"
+            "SELECT grp, group_size, state, reason, delivered, consumed FROM orders WHERE idx >= ? ORDER BY idx",
+            (below,),
         ).fetchall()
-        episodes = db.execute("SELECT grp, member, episode FROM episodes JOIN orders USING (idx) ORDER BY idx, member")
+        episodes = db.execute(
+            "SELECT grp, member, episode FROM episodes JOIN orders USING (idx) WHERE idx >= ? ORDER BY idx, member",
+            (below,),
+        )
         stored = {(group, member): episode for group, member, episode in episodes}
     finally:
         db.close()
     return Accounting(
+        compacted_below=below,
         orders=[group for group, *_ in orders],
         members=[(group, member) for group, size, *_ in orders for member in range(size)],
         stored=stored,

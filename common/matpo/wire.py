@@ -2,7 +2,7 @@
 
 On the wire a message is exactly two frames (ROUTER adds the peer's identity in front):
 
-    header    msgpack map {"v": 1, "seq": n, "kind": "...", ...fields}, at most MAX_HEADER_BYTES
+    header    msgpack map {"v": 2, "seq": n, "kind": "...", ...fields}, at most MAX_HEADER_BYTES
     payload   opaque bytes, possibly empty; its length and CRC32C stand in the header where they matter
 
 Every request carries `seq`, every reply repeats it; an unsolicited message (a notice) has seq 0.
@@ -140,7 +140,7 @@ class StoreEpisode(Message):
     episode: Name
     num_bytes: Natural
     crc32c: Natural
-    num_tokens: Natural = 0
+    num_tokens: Annotated[int, Field(ge=0, lt=2**32)] = 0  # sums of it have to fit into 64 bits
     min_version: Version = -1  # oldest policy version of a sampled token; -1: none was sampled
     environment: Short = ""
 
@@ -207,9 +207,9 @@ class Fetch(Message):
 
 
 class Trained(Message):
-    """These groups went through an update, which no checkpoint covers yet.
+    """The learner is done with these groups, without harm: they went through an update, or there was nothing to train.
 
-    They will come again after Resume, but they are no suspects if this learner dies.
+    No checkpoint covers them yet, so they come again after Resume, but they are no suspects if this learner dies.
     """
 
     kind: Literal["trained"] = "trained"

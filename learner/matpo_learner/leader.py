@@ -199,6 +199,7 @@ class Leader:
             return None
         lag = self._publisher.lineage.lag(self.update, _oldest(group.episodes))
         if lag > self._settings.drop_lag_versions:
+            self._inbox.trained([delivery.index])  # looked at without harm
             self._drop(delivery, "stale", "stale", lag=lag)
             return None
         try:
@@ -212,6 +213,7 @@ class Leader:
             self.metrics.count("zero_signal_groups_total")
             # Only for the means: a policy without any signal would otherwise fill the memory with tokens.
             self._zero_signal.append(replace(group, episodes=[replace(e, segments=()) for e in group.episodes]))
+            self._inbox.trained([delivery.index])
             self._consume(delivery, "zero_signal", group)
             return None
         return Chosen(delivery=delivery, group=group, lag=lag)

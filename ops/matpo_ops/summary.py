@@ -63,7 +63,12 @@ def account(folder: Path, *, max_open: int) -> Account:
 
 
 def compare(ledger: Accounting, consumed: Sequence[dict[str, Any]], max_open: int) -> Account:
-    """The account of a ledger and the consumed groups (`fate`: trained, zero_signal, or why it was dropped)."""
+    """The account of a ledger and the consumed groups (`fate`: trained, zero_signal, or why it was dropped).
+
+    Groups that `matpo-broker compact` has forgotten are left out of it.
+    """
+    if ledger.compacted_below:
+        consumed = [line for line in consumed if line["index"] >= ledger.compacted_below]
     fate_of_group = {line["group"]: line["fate"] for line in consumed}
     uses = Counter(episode for line in consumed for episode in line["episodes"])
     may_wait = set([group for group in ledger.orders if group not in fate_of_group][-max_open:])

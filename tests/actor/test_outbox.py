@@ -111,8 +111,10 @@ class SlowBroker:
 
     def __init__(self):
         self.on_the_way, self.most, self.go = 0, 0, asyncio.Event()
+        self.seen = []
 
     async def request(self, asked, payload):
+        self.seen.append(asked.episode)
         self.on_the_way += len(payload)
         self.most = max(self.most, self.on_the_way)
         await self.go.wait()
@@ -134,3 +136,20 @@ async def test_no_more_is_on_its_way_than_the_window_says_but_one_episode_always
     async with asyncio.timeout(5):
         await sending
     assert (broker.most, box.leases) == (most, [])
+
+
+async def test_a_large_episode_is_not_overtaken_for_ever_by_small_ones():
+    broker = SlowBroker()
+    broker.go.set()
+    box = Outbox(broker.request, metrics=Metrics("actor"), max_bytes=1000)
+    box.set_window(10, 99)
+    for n in range(3):
+        box.put(message(n), b"data")
+    box.put(message(3), b"d" * 50)
+    sending = asyncio.create_task(box.run())
+    async with asyncio.timeout(5):
+        while "lease-3" in box.leases:
+            box.put(message(len(broker.seen) + 100), b"data")
+            await asyncio.sleep(0)
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)

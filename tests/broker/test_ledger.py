@@ -515,17 +515,45 @@ def test_what_the_learner_finds_invalid_is_set_aside_and_its_payload_kept(ledger
     assert refused.value.reason == "not_quarantined"
 
 
-def test_a_requeued_group_comes_again_unless_a_checkpoint_covers_it(ledger: Ledger) -> None:
+def test_a_requeued_group_comes_again_to_the_next_learner_unless_a_checkpoint_covers_it(ledger: Ledger) -> None:
     epoch = ready(ledger, 2)
     fetch_all(ledger, epoch)
     for group in ("g-0", "g-1"):
         ledger.set_aside(wire.Quarantine(epoch=epoch, group=group, reason="nan"))
     ledger.requeue(["g-1"])
-    assert fetch(ledger, epoch, received="g-1") == "g-1"
+    assert fetch(ledger, epoch, received="g-1") is None  # this learner has seen it: it would not look at it again
     ledger.cover(commit(epoch, below=1))
     with pytest.raises(RefusedError) as refused:
         ledger.requeue(["g-0"])
     assert refused.value.reason == "consumed"
+    assert fetch_all(ledger, next_learner(ledger, 1, consumed_below=1)) == {"g-1": ""}
+
+
+def test_a_group_that_no_learner_has_seen_is_requeued_at_once(ledger: Ledger) -> None:
+    epoch = ready(ledger, 1)
+    for life in range(3):
+        fetch_all(ledger, epoch)
+        epoch = next_learner(ledger, life)
+    ledger.requeue(["g-0"])
+    assert fetch_all(ledger, epoch) == {"g-0": ""}
+
+
+def test_one_group_that_is_not_quarantined_leaves_all_as_they_were(ledger: Ledger) -> None:
+    epoch = ready(ledger, 2)
+    fetch_all(ledger, epoch)
+    ledger.set_aside(wire.Quarantine(epoch=epoch, group="g-0", reason="nan"))
+    for change in (ledger.purge, ledger.requeue):
+        with pytest.raises(RefusedError):
+            change(["g-0", "g-1"])
+        assert ledger.counts()["groups_quarantined"] == 1
+
+
+def test_what_the_checkpoint_covers_gets_no_strike(ledger: Ledger) -> None:
+    epoch = ready(ledger, 1)
+    for life in range(5):
+        fetch_all(ledger, epoch)
+        epoch = next_learner(ledger, life, consumed_below=1)
+    assert ledger.counts()["groups_quarantined"] == 0
 
 
 # ---- expiry
@@ -591,6 +619,13 @@ def test_a_failed_member_goes_to_another_actor_first(ledger: Ledger) -> None:
     assert ledger.members.lease("a", 1, 1.0, num_actors=2)[0] == []
     assert ledger.members.has_reserved
     assert len(ledger.members.lease("b", 1, 1.0, num_actors=2)[0]) == 1
+
+
+def test_members_kept_for_another_actor_do_not_hide_the_free_ones(ledger: Ledger) -> None:
+    start(ledger, order(0, 4))
+    for lease in ledger.members.lease("a", 2, 0.0)[0]:
+        ledger.members.release("a", [lease.lease], infra=True, now_s=0.0)
+    assert [lease.member for lease in ledger.members.lease("a", 1, 1.0, num_actors=2)[0]] == [2]
 
 
 def test_a_failed_member_goes_to_the_same_actor_when_no_other_takes_it(ledger: Ledger) -> None:

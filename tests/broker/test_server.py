@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import zmq
 
 from matpo import wire
 from matpo.errors import SetupError
+from matpo_broker.server import TURN_MESSAGES
 
 
 def order(index: int, size: int = 1) -> wire.Order:
@@ -213,10 +216,36 @@ def test_a_group_that_is_set_aside_can_be_seen_requeued_and_purged(broker: Any) 
     operator.ask(wire.Show(group="g-1"))
     assert operator.payload == b"g-1"
     operator.ask(wire.Requeue(groups=["g-1"]))
-    assert learner.ask(wire.Fetch(epoch=1, received="g-1")).group == "g-1"
+    successor = broker.learner(incarnation="i2")
+    assert successor.ask(wire.Fetch(epoch=2)).group == "g-0"
+    assert successor.ask(wire.Fetch(epoch=2, received="g-0")).dropped == ""
     assert operator.ask(wire.Purge(groups=["g-0"])).kind == "done"
     assert operator.ask(wire.Purge(groups=["g-0"])).reason == "not_quarantined"
     assert operator.ask(wire.Peek(group="g-1")).rows[0][2] == "stored"
+
+
+def test_leases_that_a_dead_connection_could_not_take_are_free_at_once(broker: Any) -> None:
+    dead, alive = broker.actor(name="dead"), broker.actor(name="alive")
+    dead.send(wire.LeaseRequest(num_members=2, wait_s=30.0))
+    broker.counts()  # the request is parked by now
+    dead.socket.close()
+    ends = {"event": "disconnected"}
+    while not broker.metrics.registry.get_sample_value("matpo_broker_connections_total", ends):
+        broker.counts()
+    broker.learner(order(0, 2))
+    leases = alive.ask(wire.LeaseRequest(num_members=2, wait_s=5.0)).leases
+    assert len(leases) == 2
+
+
+def test_a_turn_takes_no_more_than_its_bound_however_long_the_disk_is_busy(broker: Any) -> None:
+    done: Future[float] = Future()
+    with broker.another(broker.folder.parent / "other") as server:
+        ports = server.bind("127.0.0.1", actor_port=0, learner_port=0)
+        other = broker.stranger(ports[0])
+        for seq in range(3 * TURN_MESSAGES):
+            other.socket.send_multipart([msgpack.packb({"v": 1, "seq": seq, "kind": "stat"}), b""])
+        threading.Timer(2.0, done.set_result, [0.0]).start()
+        assert len(server._receive_during(done)) == TURN_MESSAGES
 
 
 def test_a_broker_that_drains_hands_out_nothing_and_stores_what_is_in_play(broker: Any) -> None:

@@ -27,7 +27,7 @@ PAYLOAD_BYTES = 2**20
 CREDIT_BYTES = 64 * 2**20
 SLACK_BYTES = 128 * 2**20
 SLOTS = 4  # members that an actor plays at once; also the size of a group
-STALL_S = 300 if SOAK else 45
+STALL_S = 300 if SOAK else 60
 BLAST_S = 60 if SOAK else 15
 
 
