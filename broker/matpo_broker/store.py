@@ -129,7 +129,7 @@ class Store:
     def put(self, message: wire.StoreEpisode, actor: str, payload: bytes | memoryview) -> bool:
         """Take an episode whose payload was checked; it is kept once `commit` returns. False: it is there already.
 
-        Raises RefusedError: what the ledger says, or disk_full; TurnLostError. OSError, sqlite3.Error: end the process.
+        Raises RefusedError: what the ledger says, or disk_full. OSError, sqlite3.Error: end the process.
         """
         if not self.ledger.members.admit(message, actor):
             return False
