@@ -253,7 +253,7 @@ class Ledger:
         return views.peek(self._db, message)
 
     def show(self, group: str) -> Delivery:
-        """A group as it would be delivered, also a quarantined one. Raises RefusedError when there is none of that name."""
+        """A group as it would be delivered, also a quarantined one. Raises RefusedError: no such group."""
         row = self._db.execute("SELECT idx, state, reason FROM orders WHERE grp = ?", (group,)).fetchone()
         if row is None:
             raise RefusedError(f"there is no group {group}. `matpo-broker peek` lists them.", reason="no_group")
