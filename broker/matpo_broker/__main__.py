@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from matpo import logs, wire
+from matpo import logs
 from matpo.errors import ConfigError, JournalError, MatpoError, SetupError
 from matpo.settings import LogSettings, RunFile, load_run_file
 from matpo_broker import keys, maintenance, operate, process
@@ -88,7 +88,7 @@ Sets = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Limit = Annotated[int, typer.Option(min=1, max=4096, help="At most so many rows, oldest groups first.")]
+Limit = Annotated[int, typer.Option(min=1, help="At most so many rows, oldest groups first.")]
 
 
 class State(StrEnum):
@@ -140,7 +140,7 @@ def stat(run_path: RunPath, override: Sets = None, as_json: Json = False, debug:
         source, counts = operate.stat(run_file)
         _say_source(screen, run_file, source)
         screen.counts(counts)
-        screen.document({"source": source, "counts": dict(counts)})
+        screen.document({"source": source.name, "counts": dict(counts)})
 
 
 @app.command()
@@ -167,24 +167,24 @@ def peek(
         found = operate.peek(run_file, state=state.value if state else "", group=group, limit=limit)
         _say_source(screen, run_file, found.source)
         screen.listing(found)
-        screen.document({"source": found.source, "rows": found.as_dicts()})
+        screen.document({"source": found.source.name, "rows": found.as_dicts()})
 
 
 @quarantine.command("ls")
-def quarantine_ls(
-    run_path: RunPath, limit: Limit = 4096, override: Sets = None, as_json: Json = False, debug: Debug = False
-) -> None:
-    """List the groups that are set aside, and why.
+def quarantine_ls(run_path: RunPath, override: Sets = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List the groups that are set aside, and why. If no broker answers it reads the journal, and says so.
 
     \b
     matpo-broker quarantine ls run.toml
     """
     screen = operate.Screen(as_json=as_json)
     with told(debug=debug):
-        found = operate.quarantined(_load(run_path, override), limit)
+        run_file = _load(run_path, override)
+        found = operate.peek(run_file, state="quarantined")
+        _say_source(screen, run_file, found.source)
         screen.listing(found)
         screen.say(f"{operate.count(len(found.rows), 'group')} quarantined.")
-        screen.document({"rows": found.as_dicts()})
+        screen.document({"source": found.source.name, "rows": found.as_dicts()})
 
 
 @quarantine.command("show")
@@ -200,12 +200,16 @@ def quarantine_show(
 ) -> None:
     """Show the episodes of a group, and with --out save their payloads (Arrow IPC streams). It stays where it is.
 
+    If no broker answers it reads the journal, and says so.
+
     \b
     matpo-broker quarantine show run.toml g-00000007 --out suspects/
     """
     screen = operate.Screen(as_json=as_json)
     with told(debug=debug):
-        found, payloads = operate.show(_load(run_path, override), group)
+        run_file = _load(run_path, override)
+        found, payloads = operate.show(run_file, group)
+        _say_source(screen, run_file, found.source)
         written = operate.write_payloads(out, payloads) if out is not None else []
         screen.listing(found)
         for path in written:
@@ -234,8 +238,7 @@ def quarantine_requeue(
     with told(debug=debug):
         run_file = _load(run_path, override)
         chosen = _chosen(run_file, groups, every=every)
-        if chosen:
-            operate.ask(run_file, wire.Requeue(groups=chosen))
+        operate.requeue(run_file, chosen)
         screen.say(f"{operate.count(len(chosen), 'group')} go to the next learner: start it again.")
         screen.document({"requeued": chosen})
 
@@ -266,8 +269,7 @@ def quarantine_purge(
             typer.confirm(
                 f"Delete the payloads of {operate.count(len(chosen), 'group')} for good?", abort=True, err=True
             )
-        if chosen:
-            operate.ask(run_file, wire.Purge(groups=chosen))
+        operate.purge(run_file, chosen)
         screen.say(f"{operate.count(len(chosen), 'group')} purged.")
         screen.document({"purged": chosen})
 
@@ -389,13 +391,12 @@ def _journal(target: Path, override: list[str] | None) -> Path:
 def _chosen(run_file: RunFile, groups: list[str] | None, *, every: bool) -> list[str]:
     if bool(groups) == every:
         raise ConfigError("name the groups, or say --all. `matpo-broker quarantine ls RUN.TOML` lists them.")
-    return groups or [str(row["group"]) for row in operate.quarantined(run_file).as_dicts()]
+    return groups or [str(row["group"]) for row in operate.peek(run_file, state="quarantined").as_dicts()]
 
 
-def _say_source(screen: operate.Screen, run_file: RunFile, source: str) -> None:
-    if source == "journal":
-        host, port = run_file.broker.host, run_file.broker.learner_port
-        screen.note(f"no broker answers at tcp://{host}:{port}: this is from {run_file.journal_folder}")
+def _say_source(screen: operate.Screen, run_file: RunFile, source: operate.Source) -> None:
+    if source.name == "journal":
+        screen.note(f"{source.why} What follows is from {run_file.journal_folder}.")
 
 
 def main() -> None:

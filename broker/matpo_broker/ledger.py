@@ -60,6 +60,7 @@ class Ledger:
         self._metrics = metrics
         self._db = connect(path, rules.run)
         self._meta = Meta(self._db)
+        self._past = views.Past()
         self.members = Members(self._db, self._meta, rules, metrics, now_s=now_s)
         self._db.execute("BEGIN")
 
@@ -270,6 +271,7 @@ class Ledger:
     def purge(self, groups: Sequence[str]) -> list[int]:
         """Let the payloads of quarantined groups go. Returns payload files that nothing needs any more."""
         quarantine.purge(self._db, groups)
+        self._past = views.Past()
         self.members.backlog_changed()
         log.info("groups.purged", groups=list(groups))
         return self._release_files()
@@ -277,8 +279,9 @@ class Ledger:
     # ---- what others may know
 
     def counts(self) -> dict[str, int]:
-        """What is where, by count."""
-        return views.counts(self._db)
+        """What is where, by count. In the broker's loop: what every kept checkpoint covers is counted only once."""
+        self._past.extend(self._db, self._forgotten_below)
+        return views.counts(self._db, self._past)
 
     def flow(self) -> tuple[int, int]:
         """(groups ready, orders open)."""

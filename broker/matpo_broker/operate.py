@@ -2,7 +2,8 @@
 
 Rules kept here; each has a test in tests/broker/test_operate.py:
 1. With `as_json` one JSON document goes to stdout and nothing else; what only people want goes to stderr.
-2. `stat` and `peek` also read the journal of a broker that does not answer, and say so.
+2. What only looks (`stat`, `peek`, `quarantine ls`, `show`) reads the journal of a broker that does not answer, and
+   says so, and why.
 3. Names come from peers: they are shown without control characters or styles, and name no file outside its folder.
 4. A broker that does not answer is an error that says what to do.
 """
@@ -31,9 +32,9 @@ from matpo.errors import JournalError, ProtocolError, RefusedError, TryAgainErro
 from matpo.link import Link, Reply
 from matpo.settings import RunFile
 from matpo_broker import views
-from matpo_broker.journal import file_numbers, path_of
+from matpo_broker.journal import file_numbers, path_of, read_payload
 from matpo_broker.maintenance import Compacted, Damage, Verified
-from matpo_broker.tables import LEDGER_NAME, open_read_only
+from matpo_broker.tables import LEDGER_NAME, open_read_only, rows_of
 
 QUICK_S = 2.0  # after this without an answer, `stat` and `peek` read the journal
 CONNECT_S = 5.0
@@ -42,6 +43,10 @@ POLL_S = 0.5
 PIPE_COLUMNS = 200  # of a table that goes to no terminal
 MAX_FILE_NAME = 200
 
+PAGE_ROWS = 4096  # asked for at a time
+PAGE_GROUPS = 1024  # names of groups in one message
+
+Rows_ = tuple[Sequence[str], Sequence[Sequence[views.Cell]]]  # columns, rows
 Counts = Mapping[str, int | float | str]
 Wanted = TypeVar("Wanted")
 State = Literal["", "open", "ready", "delivered", "consumed", "dropped", "quarantined"]
@@ -59,10 +64,18 @@ _ALARMS = ("disk_full", "draining", "groups_quarantined")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Listing:
-    """A table of groups or members, and who told: "broker", or "journal" when no broker answered."""
+class Source:
+    """Who told: "broker", or "journal" when no broker answered; then `why` says what we know of that."""
 
-    source: Literal["broker", "journal"]
+    name: Literal["broker", "journal"]
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """A table of groups or members, and who told."""
+
+    source: Source
     columns: Sequence[str]
     rows: Sequence[Sequence[views.Cell]]
 
@@ -90,6 +103,8 @@ async def connected(run_file: RunFile, timeout_s: float) -> AsyncIterator[Link]:
         await link.connect(timeout_s)
         yield link
     except TryAgainError as error:
+        if link.trouble:  # it is there
+            raise
         raise TryAgainError(
             f"{error} Start it with `matpo-broker RUN.TOML`, or name the run file that it was started with.",
             reason=error.reason,
@@ -110,7 +125,7 @@ def ask(
     return asyncio.run(talk())
 
 
-def stat(run_file: RunFile) -> tuple[Literal["broker", "journal"], Counts]:
+def stat(run_file: RunFile) -> tuple[Source, Counts]:
     """Counts of everything, from the broker or else from its journal."""
 
     def from_broker() -> Counts:
@@ -126,39 +141,105 @@ def stat(run_file: RunFile) -> tuple[Literal["broker", "journal"], Counts]:
     return _either(from_broker, from_journal)
 
 
-def peek(run_file: RunFile, *, state: State = "", group: str = "", limit: int = 50) -> Listing:
-    """Groups, or the members of one, from the broker or else from its journal."""
-    message = wire.Peek(state=state, group=group, limit=limit)
+def peek(run_file: RunFile, *, state: State = "", group: str = "", limit: int | None = None) -> Listing:
+    """Groups, or the members of one, from the broker or else from its journal. `limit` None: all of them."""
+    wanted = wire.Peek(state=state, group=group)
 
-    def from_broker() -> tuple[Sequence[str], Sequence[Sequence[views.Cell]]]:
-        rows = _expect(ask(run_file, message, connect_s=QUICK_S, timeout_s=QUICK_S)[0], wire.Rows)
-        return rows.columns, rows.rows
+    def from_broker() -> Rows_:
+        async def talk() -> Rows_:
+            async with connected(run_file, QUICK_S) as link:
+                return await _gather(link, wanted, limit, timeout_s=QUICK_S)
 
-    def from_journal() -> tuple[Sequence[str], Sequence[Sequence[views.Cell]]]:
+        return asyncio.run(talk())
+
+    def from_journal() -> Rows_:
         with contextlib.closing(_ledger(run_file.journal_folder)) as db:
-            return views.peek(db, message)
+            pages = _Pages(wanted, limit)
+            while (message := pages.next) is not None:
+                pages.take(*views.peek(db, message))
+            return pages.columns, pages.rows
 
     source, (columns, rows) = _either(from_broker, from_journal)
     return Listing(source=source, columns=columns, rows=rows)
 
 
-def quarantined(run_file: RunFile, limit: int = 4096) -> Listing:
-    """The groups that are set aside, as the broker knows them."""
-    rows = _expect(ask(run_file, wire.Peek(state="quarantined", limit=limit))[0], wire.Rows)
-    return Listing(source="broker", columns=rows.columns, rows=rows.rows)
+class _Pages:
+    """A listing put together from replies of which each holds what fits into one message."""
+
+    def __init__(self, wanted: wire.Peek, limit: int | None) -> None:
+        self.columns: Sequence[str] = ()
+        self.rows: list[Sequence[views.Cell]] = []
+        self.next: wire.Peek | None = wanted
+        self._left = limit
+        self._ask_for(wanted.after)
+
+    def take(self, columns: Sequence[str], rows: Sequence[Sequence[views.Cell]]) -> None:
+        self.columns = columns
+        self.rows += rows
+        if self._left is not None:
+            self._left -= len(rows)
+        if rows:
+            self._ask_for(int(rows[-1][views.key_column(columns)] or 0))
+        else:
+            self.next = None
+
+    def _ask_for(self, after: int) -> None:
+        assert self.next is not None
+        size = PAGE_ROWS if self._left is None else min(self._left, PAGE_ROWS)
+        self.next = self.next.model_copy(update={"after": after, "limit": size}) if size else None
+
+
+async def _gather(link: Link, wanted: wire.Peek, limit: int | None, *, timeout_s: float) -> Rows_:
+    pages = _Pages(wanted, limit)
+    while (message := pages.next) is not None:
+        reply, _ = await link.request(message, timeout_s=timeout_s)
+        rows = _expect(reply, wire.Rows)
+        pages.take(rows.columns, rows.rows)
+    return pages.columns, pages.rows
 
 
 def show(run_file: RunFile, group: str) -> tuple[Listing, dict[str, bytes]]:
-    """The members of a group, and the payload of each stored episode, checked."""
-    rows = _expect(ask(run_file, wire.Peek(group=group))[0], wire.Rows)
-    reply, body = ask(run_file, wire.Show(group=group))
-    payloads, at = {}, 0
-    for episode in _expect(reply, wire.GroupReady).episodes:
-        payload = body[at : at + episode.num_bytes]
-        wire.check_payload(episode, payload)
-        payloads[episode.episode] = payload
-        at += episode.num_bytes
-    return Listing(source="broker", columns=rows.columns, rows=rows.rows), payloads
+    """The members of a group, and the payload of each stored episode, checked. From the broker or else its journal."""
+
+    def from_broker() -> dict[str, bytes]:
+        reply, body = ask(run_file, wire.Show(group=group), connect_s=QUICK_S)
+        payloads, at = {}, 0
+        for episode in _expect(reply, wire.GroupReady).episodes:
+            payload = body[at : at + episode.num_bytes]
+            wire.check_payload(episode, payload)
+            payloads[episode.episode] = payload
+            at += episode.num_bytes
+        return payloads
+
+    def from_journal() -> dict[str, bytes]:
+        folder = run_file.journal_folder
+        with contextlib.closing(_ledger(folder)) as db:
+            rows = list(rows_of(db, "AND grp = ?", group))
+        return {row.episode: read_payload(folder, row.episode, row.location) for row in rows}
+
+    listing = peek(run_file, group=group)
+    _, payloads = _either(from_broker, from_journal)
+    return listing, payloads
+
+
+def requeue(run_file: RunFile, groups: Sequence[str]) -> None:
+    """Put quarantined groups back into the stream. Raises RefusedError; then earlier pages of many have gone back."""
+    _in_pages(run_file, lambda page: wire.Requeue(groups=page), groups)
+
+
+def purge(run_file: RunFile, groups: Sequence[str]) -> None:
+    """Let the payloads of quarantined groups go. Raises RefusedError; then those of earlier pages of many are gone."""
+    _in_pages(run_file, lambda page: wire.Purge(groups=page), groups)
+
+
+def _in_pages(run_file: RunFile, message: Callable[[list[str]], wire.AnyMessage], groups: Sequence[str]) -> None:
+    async def talk() -> None:
+        async with connected(run_file, CONNECT_S) as link:
+            for low in range(0, len(groups), PAGE_GROUPS):
+                await link.request(message(list(groups[low : low + PAGE_GROUPS])), timeout_s=PATIENT_S)
+
+    if groups:
+        asyncio.run(talk())
 
 
 def write_payloads(folder: Path, payloads: Mapping[str, bytes]) -> list[Path]:
@@ -195,14 +276,12 @@ def drain(run_file: RunFile, *, on: bool, wait: bool, progress: Callable[[int, i
     return asyncio.run(talk())
 
 
-def _either(
-    from_broker: Callable[[], Any], from_journal: Callable[[], Any]
-) -> tuple[Literal["broker", "journal"], Any]:
+def _either(from_broker: Callable[[], Any], from_journal: Callable[[], Any]) -> tuple[Source, Any]:
     try:
-        return "broker", from_broker()
+        return Source(name="broker"), from_broker()
     except TryAgainError as silent:
         try:
-            return "journal", from_journal()
+            return Source(name="journal", why=str(silent)), from_journal()
         except JournalError as error:
             raise TryAgainError(f"{silent} Nor is its journal here: {error}", reason=silent.reason) from None
 

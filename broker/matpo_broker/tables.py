@@ -94,6 +94,8 @@ class Accounting:
     dropped: Mapping[str, str]  # group -> why it was given up
     quarantined: Mapping[str, str] = field(default_factory=dict)  # group -> why it was set aside
     compacted_below: int = 0  # orders with a smaller index are not in here: `compact` has forgotten them
+    groups_compacted: int = 0  # how many those are
+    episodes_compacted: int = 0  # and how many episodes they had
 
 
 def connect(path: Path | str, run: str) -> sqlite3.Connection:
@@ -186,10 +188,20 @@ def accounting(folder: Path) -> Accounting:
             (below,),
         )
         stored = {(group, member): episode for group, member, episode in episodes}
+        past = [
+            db.execute("SELECT coalesce(sum(groups), 0), coalesce(sum(episodes), 0) FROM history").fetchone(),
+            # `compact` leaves some of their rows: quarantined ones, and those with a payload in a file that is kept.
+            db.execute(
+                "SELECT count(*), (SELECT count(*) FROM episodes WHERE idx < ?) FROM orders WHERE idx < ?",
+                (below, below),
+            ).fetchone(),
+        ]
     finally:
         db.close()
     return Accounting(
         compacted_below=below,
+        groups_compacted=sum(groups for groups, _ in past),
+        episodes_compacted=sum(episodes for _, episodes in past),
         orders=[group for group, *_ in orders],
         members=[(group, member) for group, size, *_ in orders for member in range(size)],
         stored=stored,

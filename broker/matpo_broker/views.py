@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgpack
 
 from matpo import wire
 from matpo.errors import RefusedError
+
+MAX_ROWS_BYTES = wire.MAX_HEADER_BYTES - 4096  # what is left for the rest of the message is more than it needs
 
 Cell = int | float | str | None
 
@@ -31,11 +36,44 @@ _MEMBER_COLUMNS = (
 )  # fmt: skip
 
 
-def counts(db: sqlite3.Connection) -> dict[str, int]:
-    """What is where, by count. Orders that `compact` pruned are counted too."""
-    rows = db.execute("SELECT state, consumed, delivered IS NULL, count(*) FROM orders GROUP BY 1, 2, 3").fetchall()
-    past = dict(db.execute("SELECT state, sum(groups) FROM history GROUP BY 1"))
-    state = {s: past.get(s, 0) + sum(n for found, _, _, n in rows if found == s) for s in _ORDER_STATES}
+class Past:
+    """Counts of the orders below an index, kept so that they need not be counted again.
+
+    Only for orders that every kept checkpoint covers: those change no more, but by a purge (then begin with a new one).
+    """
+
+    def __init__(self) -> None:
+        self.below = 0
+        self.groups: Counter[tuple[str, int, int]] = Counter()  # by (state, consumed, delivered IS NULL)
+        self.episodes = 0
+
+    def extend(self, db: sqlite3.Connection, below: int) -> None:
+        """Take in the orders up to `below`."""
+        if below > self.below:
+            self.groups.update(_groups(db, self.below, below))
+            self.episodes += _episodes(db, self.below, below)
+            self.below = below
+
+
+def _groups(db: sqlite3.Connection, low: int, high: int) -> dict[tuple[str, int, int], int]:
+    rows = db.execute(
+        "SELECT state, consumed, delivered IS NULL, count(*) FROM orders WHERE idx >= ? AND idx < ? GROUP BY 1, 2, 3",
+        (low, high),
+    )
+    return {(state, consumed, waits): n for state, consumed, waits, n in rows}
+
+
+def _episodes(db: sqlite3.Connection, low: int, high: int) -> int:
+    return int(db.execute("SELECT count(*) FROM episodes WHERE idx >= ? AND idx < ?", (low, high)).fetchone()[0])
+
+
+def counts(db: sqlite3.Connection, past: Past | None = None) -> dict[str, int]:
+    """What is where, by count. Orders that `compact` pruned are counted too, and so are those of `past`."""
+    past = past or Past()
+    found = past.groups + Counter(_groups(db, past.below, _ALL))
+    rows = [(*key, n) for key, n in found.items()]
+    pruned = dict(db.execute("SELECT state, sum(groups) FROM history GROUP BY 1"))
+    state = {s: pruned.get(s, 0) + sum(n for found, _, _, n in rows if found == s) for s in _ORDER_STATES}
     return {
         "orders": sum(state.values()),
         "orders_open": sum(n for s, consumed, _, n in rows if s == "open" and not consumed),
@@ -44,10 +82,11 @@ def counts(db: sqlite3.Connection) -> dict[str, int]:
         "groups_quarantined": state["quarantined"],
         "groups_ready": sum(n for s, done, waits, n in rows if s != "open" and not done and waits),
         "groups_delivered": sum(n for _, consumed, waits, n in rows if not consumed and not waits),
-        "groups_consumed": sum(past.values()) + sum(n for _, consumed, _, n in rows if consumed),
+        "groups_consumed": sum(pruned.values()) + sum(n for _, consumed, _, n in rows if consumed),
         "members_open": num_free(db),
         "members_leased": _one(db, "SELECT count(*) FROM members WHERE lease IS NOT NULL"),
-        "episodes_stored": _one(db, "SELECT count(*) FROM episodes")
+        "episodes_stored": past.episodes
+        + _episodes(db, past.below, _ALL)
         + _one(db, "SELECT coalesce(sum(episodes), 0) FROM history"),
         "backlog_bytes": backlog_bytes(db),
         "epoch": _meta(db, "epoch", 0),
@@ -56,6 +95,7 @@ def counts(db: sqlite3.Connection) -> dict[str, int]:
 
 
 _ORDER_STATES = ("open", "whole", "dropped", "quarantined")
+_ALL = 2**63 - 1
 
 
 def backlog_bytes(db: sqlite3.Connection) -> int:
@@ -82,31 +122,53 @@ def num_free(db: sqlite3.Connection) -> int:
 
 
 def peek(db: sqlite3.Connection, message: wire.Peek) -> tuple[Sequence[str], list[list[Cell]]]:
-    """Groups as a table (columns, rows), oldest first; with `message.group` the members of that group."""
+    """Groups as a table (columns, rows), oldest first; with `message.group` the members of that group.
+
+    At least one row if there is any, and no more than fit into a message.
+    """
     if message.group:
-        return _MEMBER_COLUMNS, _members(db, message.group)
+        return _MEMBER_COLUMNS, _fitting(_members(db, message))
     rows = db.execute(
-        f"SELECT {', '.join(_GROUP_COLUMNS.values())} FROM orders WHERE {_STATES[message.state]} ORDER BY idx LIMIT ?",
-        (message.limit,),
+        f"SELECT {', '.join(_GROUP_COLUMNS.values())} FROM orders WHERE {_STATES[message.state]} AND idx > ?"
+        " ORDER BY idx LIMIT ?",
+        (message.after, message.limit),
     )
-    return list(_GROUP_COLUMNS), [list(row) for row in rows]
+    return list(_GROUP_COLUMNS), _fitting(rows)
 
 
-def _members(db: sqlite3.Connection, group: str) -> list[list[Cell]]:
-    index = db.execute("SELECT idx FROM orders WHERE grp = ?", (group,)).fetchone()
+def key_column(columns: Sequence[str]) -> int:
+    """The column of a table of `peek` whose last value is the next one's `after`."""
+    return columns.index("member" if "member" in columns else "index")
+
+
+def _members(db: sqlite3.Connection, message: wire.Peek) -> Iterable[Sequence[Cell]]:
+    index = db.execute("SELECT idx FROM orders WHERE grp = ?", (message.group,)).fetchone()
     if index is None:
-        raise RefusedError(f"there is no group {group}. `peek` without --group lists them.", reason="no_group")
+        raise RefusedError(f"there is no group {message.group}. `peek` without --group lists them.", reason="no_group")
+    values = (message.group, *index, message.after, message.limit)
     stored = db.execute(
         "SELECT ?, member, 'stored', attempt, episode, actor, environment, num_tokens, num_bytes, crc32c, file, offset,"
-        " 0, 0 FROM episodes WHERE idx = ?",
-        (group, *index),
+        " 0, 0 FROM episodes WHERE idx = ? AND member > ? ORDER BY member LIMIT ?",
+        values,
     )
     missing = db.execute(
         "SELECT ?, member, CASE WHEN lease IS NULL THEN 'free' ELSE 'leased' END, attempt, NULL, actor, NULL, NULL,"
-        " NULL, NULL, NULL, NULL, failures, timeouts FROM members WHERE idx = ?",
-        (group, *index),
+        " NULL, NULL, NULL, NULL, failures, timeouts FROM members WHERE idx = ? AND member > ? ORDER BY member LIMIT ?",
+        values,
     )
-    return sorted(([*row] for row in [*stored, *missing]), key=lambda row: row[1])
+    return sorted((*stored, *missing), key=lambda row: int(row[1]))[: message.limit]
+
+
+def _fitting(rows: Iterable[Sequence[Cell]]) -> list[list[Cell]]:
+    """As many of the first rows as fit into a message: the names in them are as long as peers like."""
+    fitting: list[list[Cell]] = []
+    num_bytes = 0
+    for row in rows:
+        num_bytes += len(msgpack.packb(row))
+        if fitting and num_bytes > MAX_ROWS_BYTES:
+            break
+        fitting.append(list(row))
+    return fitting
 
 
 def _one(db: sqlite3.Connection, query: str) -> int:

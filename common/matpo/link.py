@@ -72,6 +72,11 @@ class Link:
         self._tasks: set[asyncio.Task[None]] = set()
         self._context: zmq.asyncio.Context | None = None
 
+    @property
+    def trouble(self) -> str:
+        """Why there is no connection, as far as we know; empty when we know nothing."""
+        return self._trouble
+
     async def connect(self, timeout_s: float) -> wire.Welcome:
         """Open the socket and greet the broker. Raises TryAgainError when it does not answer, RefusedError."""
         self._context = zmq.asyncio.Context()

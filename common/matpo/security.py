@@ -140,7 +140,16 @@ def load_broker(folder: Path) -> BrokerKeys:
 def load_entries(folder: Path) -> list[Entry]:
     """Every key ever authorised, oldest first. Raises ConfigError without a list, SetupError for a damaged one."""
     path = folder / AUTHORISED
+    if not path.exists():
+        raise _no_keys_yet(folder)
     return _read(path, _Authorised, missing=f"security.keys says that the list of keys is {path}").keys
+
+
+def _no_keys_yet(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"there are no keys in {folder} yet. On the broker's machine run `matpo-broker keys new RUN.TOML`.",
+        reason="key_missing",
+    )
 
 
 def live(entries: list[Entry]) -> dict[str, Entry]:
@@ -168,9 +177,11 @@ def new_keys(folder: Path, *, now: str) -> list[Path]:
             if role not in known:
                 made.append(_write_peer(folder, entries, role, role, now))
         if not made:
+            revoked = [role for role in ROLES if role not in {entry.name for entry in live(entries).values()}]
             raise ConfigError(
-                f"{folder} has the keys of broker, {', '.join(ROLES)} already. "
-                "Add one with --role ROLE --name NAME, or replace one with `matpo-broker keys rotate`.",
+                f"{folder} was given keys for broker, {', '.join(ROLES)} already"
+                + (f"; revoked since: {', '.join(revoked)}. " if revoked else ". ")
+                + "Add one with --role ROLE --name NAME, or replace one with `matpo-broker keys rotate`.",
                 reason="key_exists",
             )
         _write_entries(folder, entries)
@@ -369,9 +380,7 @@ def _open(folder: Path, *, create: bool = False) -> Iterator[None]:
             folder.chmod(0o700)  # the umask may have taken our own bits
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise ConfigError(
-            f"there are no keys in {folder} yet. Run `matpo-broker keys new RUN.TOML`.", reason="key_missing"
-        ) from None
+        raise _no_keys_yet(folder) from None
     except OSError as error:
         raise SetupError(f"cannot use the key folder {folder}: {error.strerror}.", reason="key") from error
     try:

@@ -249,11 +249,16 @@ class SnapshotNotice(Message):
 
 
 class Peek(Message):
-    """List groups, oldest first: those in one `state`, or one `group` with its members."""
+    """List groups, oldest first: those in one `state`, or one `group` with its members.
+
+    The reply holds as many rows as fit into one message. To go on, ask for those `after` the last one's index (member);
+    none are left when no row comes.
+    """
 
     kind: Literal["peek"] = "peek"
     state: Literal["", "open", "ready", "delivered", "consumed", "dropped", "quarantined"] = ""
     group: Short = ""
+    after: Version = -1
     limit: Annotated[int, Field(ge=1, le=4096)] = 100
 
 

@@ -33,6 +33,8 @@ class Account:
     episodes_lost: int
     episodes_twice: int
     episodes_invented: int  # consumed, but the broker never stored them
+    groups_compacted: int = 0  # in none of the above: `matpo-broker compact` has forgotten their ids, a checkpoint ...
+    episodes_compacted: int = 0  # ... covers them
 
     def as_json(self) -> dict[str, int]:
         """Plain values."""
@@ -65,7 +67,7 @@ def account(folder: Path, *, max_open: int) -> Account:
 def compare(ledger: Accounting, consumed: Sequence[dict[str, Any]], max_open: int) -> Account:
     """The account of a ledger and the consumed groups (`fate`: trained, zero_signal, or why it was dropped).
 
-    Groups that `matpo-broker compact` has forgotten are left out of it.
+    Groups that `matpo-broker compact` has forgotten are only counted.
     """
     if ledger.compacted_below:
         consumed = [line for line in consumed if line["index"] >= ledger.compacted_below]
@@ -97,6 +99,8 @@ def compare(ledger: Accounting, consumed: Sequence[dict[str, Any]], max_open: in
         episodes_lost=ends["lost"],
         episodes_twice=sum(n > 1 for n in uses.values()),
         episodes_invented=len(invented),
+        groups_compacted=ledger.groups_compacted,
+        episodes_compacted=ledger.episodes_compacted,
     )
 
 

@@ -92,7 +92,7 @@ def test_rotate_says_what_must_be_copied_again(keys: Run, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (("list",), "keys new RUN.TOML"),
+        (("list",), "there are no keys in"),
         (("revoke", "actor"), "no keys in"),
         (("rotate", "broker"), "no keys in"),
         (("new", "--role", "actor", "--name", "spot-7"), "no keys in"),
@@ -119,6 +119,14 @@ def test_unknown_and_existing_names_are_one_clear_line_and_code_2(keys: Run) -> 
         output = keys(*command, code=2)
         assert says in output
         assert len(output.splitlines()) == 1
+
+
+def test_new_tells_what_was_revoked_and_does_not_bring_it_back(keys: Run) -> None:
+    keys("new")
+    keys("revoke", "learner")
+    assert "revoked since: learner. Add one with --role" in keys("new", code=2)
+    assert "made" in keys("new", "--role", "learner", "--name", "learner")
+    assert "revoked since" not in keys("new", code=2)
 
 
 def test_a_run_file_without_a_folder_for_keys_says_what_to_add(tmp_path: Path) -> None:

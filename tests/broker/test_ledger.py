@@ -11,6 +11,7 @@ import pytest
 from matpo import wire
 from matpo.errors import JournalError, RefusedError
 from matpo.metrics import Metrics
+from matpo_broker import views
 from matpo_broker.ledger import Ledger
 from matpo_broker.members import Rules, length_bucket
 from matpo_broker.tables import Location, accounting
@@ -391,6 +392,47 @@ def test_accounting_names_every_order_and_episode_beside_a_running_broker(tmp_pa
     assert books.stored == {("g-0", 0): "g-0.0.0", ("g-0", 1): "g-0.1.0", ("g-1", 0): "g-1.0.0"}
     assert (books.dropped, len(books.members)) == ({"g-2": "attempts"}, 6)
     ledger.close()
+
+
+def test_counts_are_those_of_a_whole_count_after_checkpoints_purges_and_drops(ledger: Ledger) -> None:
+    epoch = ready(ledger, 6)
+    fetch_all(ledger, epoch)
+    ledger.set_aside(wire.Quarantine(epoch=epoch, group="g-1", reason="nan"))
+    for below in (1, 3, 5):
+        ledger.cover(commit(epoch, below=below, kept=below))
+        assert ledger.counts() == views.counts(ledger._db)
+    assert (ledger.counts()["groups_consumed"], ledger.counts()["groups_quarantined"]) == (5, 1)
+    ledger.purge(["g-1"])
+    assert ledger.counts() == views.counts(ledger._db)
+    assert ledger.counts()["groups_dropped"] == 1
+    ledger.place(wire.PlaceOrders(epoch=epoch, orders=[order(6)]))
+    assert ledger.counts() == views.counts(ledger._db)
+    assert (ledger.counts()["orders"], ledger.counts()["episodes_stored"]) == (7, 6)
+
+
+def test_a_listing_fits_into_messages_however_long_the_names_are(ledger: Ledger) -> None:
+    epoch = start(ledger)
+    groups = [f"{index:05d}-".ljust(250, "x") for index in range(9000)]
+    for low in range(0, len(groups), 3000):
+        orders = [order(low + i).model_copy(update={"group": g}) for i, g in enumerate(groups[low : low + 3000])]
+        ledger.place(wire.PlaceOrders(epoch=epoch, orders=orders))
+    found: list[views.Cell] = []
+    after = -1
+    while rows := ledger.peek(wire.Peek(after=after, limit=4096))[1]:
+        columns = ledger.peek(wire.Peek(limit=1))[0]
+        reply = wire.encode(wire.Rows(columns=list(columns), rows=rows))
+        assert len(reply[0]) <= wire.MAX_HEADER_BYTES
+        found += [row[0] for row in rows]
+        after = int(rows[-1][views.key_column(columns)] or 0)
+    assert found == groups
+
+
+def test_the_members_of_a_group_are_listed_in_parts(ledger: Ledger) -> None:
+    start(ledger, order(0, size=5))
+    store(ledger, ledger.members.lease("a", 1, 0.0)[0][0])
+    parts = [ledger.peek(wire.Peek(group="g-0", after=after, limit=2))[1] for after in (-1, 1, 3, 4)]
+    assert [[row[1] for row in part] for part in parts] == [[0, 1], [2, 3], [4], []]
+    assert [row[2] for part in parts for row in part] == ["stored", "free", "free", "free", "free"]
 
 
 # ---- quarantine

@@ -23,7 +23,7 @@ from matpo_broker.journal import path_of, read_episodes, record_head
 from matpo_broker.maintenance import compact, verify
 from matpo_broker.members import Rules
 from matpo_broker.store import Store
-from matpo_broker.tables import LEDGER_NAME, open_read_only, stored_rows
+from matpo_broker.tables import LEDGER_NAME, accounting, open_read_only, stored_rows
 
 SIZE = 10_000  # of a payload
 FILE_BYTES = 8 * SIZE  # eight records in each payload file
@@ -435,6 +435,16 @@ def test_kill_9_at_any_time_of_compact_loses_nothing_that_is_needed(half_done: J
     assert killed >= 1
     compacted(half_done.folder)
     assert groups_of(half_done.folder) == NEEDED
+
+
+def test_what_was_forgotten_is_counted_in_the_account(half_done: Journalist) -> None:
+    before = accounting(half_done.folder)
+    compacted(half_done.folder)
+    after = accounting(half_done.folder)
+    assert after.compacted_below == 11
+    assert len(after.orders) + after.groups_compacted == len(before.orders)
+    assert len(after.stored) + after.episodes_compacted == len(before.stored)
+    assert after.groups_compacted > 0
 
 
 def test_a_needed_order_is_never_forgotten(half_done: Journalist) -> None:

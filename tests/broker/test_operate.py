@@ -187,7 +187,8 @@ def test_stat_and_peek_read_the_journal_when_no_broker_answers_and_say_so(site: 
     site.life.kill()
     found = site.run("stat", "--json")
     assert found.document["source"] == "journal"
-    assert "no broker answers" in found.err
+    assert "no answer to hello" in found.err
+    assert str(site.place.run_file) not in found.out
     told = found.document["counts"]
     assert {k: v for k, v in told.items() if k != "journal_bytes"} == {
         k: v for k, v in asked.items() if k in told and k != "journal_bytes"
@@ -237,6 +238,69 @@ def test_a_quarantined_group_is_listed_shown_saved_and_requeued(site: Site, tmp_
     assert run("quarantine", "requeue", str(site.place.run_file), group, "--json").document == {"requeued": [group]}
     (row,) = site.run("quarantine", "ls", "--json").document["rows"]
     assert (row["group"], row["reason"]) == (group, "requeued")  # the next learner gets it
+
+
+@processes
+def test_a_quarantined_group_is_listed_and_saved_from_the_journal_when_no_broker_answers(
+    site: Site, tmp_path: Path
+) -> None:
+    site.play(4)
+    group = site.quarantine()
+    site.life.kill()
+    listed = site.run("quarantine", "ls", "--json")
+    assert [(listed.document["source"], row["group"]) for row in listed.document["rows"]] == [("journal", group)]
+    assert "no answer to hello" in listed.err
+    out = tmp_path / "out"
+    said = run("quarantine", "show", str(site.place.run_file), group, "--out", str(out))
+    assert (said.code, str(site.place.journal) in said.err) == (0, True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        f"{group}.{member}.0.arrow": payload_of(f"{group}.{member}.0") for member in range(2)
+    }
+    assert site.run("quarantine", "requeue", "--all").code == 75  # nobody answers, so nothing is changed
+
+
+@processes
+def test_all_quarantined_groups_are_purged_however_many_messages_that_takes(site: Site) -> None:
+    epoch = site.learner.welcome.epoch
+    num_groups = operate.PAGE_GROUPS + 3
+    orders = [
+        wire.Order(
+            group=f"n-{index}", index=index, group_size=1,
+            task=wire.OrderedTask(id="t", environment="e", question="q"),
+        )
+        for index in range(4, 4 + num_groups)
+    ]  # fmt: skip
+    site.learner.ask(wire.PlaceOrders(epoch=epoch, orders=orders))
+    while leases := site.lease(100):  # a few at a time: leases are short here
+        for lease in leases:
+            assert site.actor.ask(*episode_of(lease)).kind == "stored"
+    received, groups = "", []
+    while (reply := site.learner.ask(wire.Fetch(epoch=epoch, received=received))).kind == "group":
+        site.learner.ask(wire.Quarantine(epoch=epoch, group=reply.group, reason="nan"))
+        received = reply.group
+        groups.append(reply.group)
+    assert len(groups) == 4 + num_groups
+    assert site.run("quarantine", "purge", "--all", "--yes", "--json").document == {"purged": groups}
+    assert site.run("quarantine", "ls", "--json").document["rows"] == []
+    assert len(site.run("peek", "--state", "dropped", "--limit", "5000", "--json").document["rows"]) == len(groups)
+
+
+@processes
+def test_a_key_that_the_broker_refuses_is_named_and_not_taken_for_silence(tmp_path: Path) -> None:
+    place = Place(tmp_path / "guarded")
+    with place.run_file.open("a") as file:
+        file.write(f'[security]\nkeys = "{tmp_path / "keys"}"\n')
+    assert run("keys", "new", str(place.run_file)).code == 0
+    place.start()
+    assert run("drain", str(place.run_file)).code == 0
+    kept = (tmp_path / "keys" / "operator.key").read_bytes()
+    assert run("keys", "rotate", str(place.run_file), "operator").code == 0
+    (tmp_path / "keys" / "operator.key").write_bytes(kept)
+    said = run("stat", str(place.run_file), "--json")
+    assert said.document["source"] == "journal"
+    assert "refuses our key" in said.err
+    assert "Start it" not in said.err
+    place.close()
 
 
 @processes
