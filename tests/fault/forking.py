@@ -57,7 +57,7 @@ class ForkServer:
 
     def __exit__(self, *_: object) -> None:
         for life in self._lives:
-            life.close()
+            life.kill()
         self._parent.communicate(timeout=20)
 
 
@@ -73,9 +73,11 @@ class Life:
 
     @property
     def is_over(self) -> bool:
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+        return self._code is not None or bool(select.select([self._pidfd], [], [], 0)[0])
 
     def send_signal(self, number: int) -> None:
+        if self._code is not None:
+            return
         with contextlib.suppress(ProcessLookupError):  # over, and not waited for
             signal.pidfd_send_signal(self._pidfd, number)
 
@@ -89,17 +91,12 @@ class Life:
         if self._code is None:
             assert select.select([self._pidfd], [], [], timeout_s)[0], f"{self.pid} does not end: {self.said()}"
             self._code = self._reap()
+            os.close(self._pidfd)  # a soak has thousands of lives
         return self._code
 
     def said(self) -> str:
         """The end of its log."""
         return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else "(no log)"
-
-    def close(self) -> None:
-        if self._pidfd >= 0:
-            self.kill()
-            os.close(self._pidfd)
-            self._pidfd = -1
 
 
 # ---- as a program
