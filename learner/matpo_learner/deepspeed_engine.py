@@ -32,10 +32,11 @@ from torch import Tensor
 
 from matpo.errors import CheckpointError, ConfigError, MatpoError, SetupError
 from matpo.settings import LearnerSettings
-from matpo_learner import engine_state
+from matpo_learner import diagnostics, engine_state
 from matpo_learner import loss as losses
 from matpo_learner.logprobs import load_scorer
 from matpo_learner.packing import MicroBatch, pack_sft
+from matpo_learner.reference import Reference
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """A rank that is silent this long is dead. Ranks wait for rank 0 while it waits for groups, so this is generous."""
@@ -59,8 +60,9 @@ class StepReport:
     learning_rate: float
     num_steps: int  # optimizer steps of this update
     num_tokens: int  # sampled tokens in the loss
-    overall: losses.Diagnostics
-    by_role_and_lag: Mapping[tuple[str, str], losses.Diagnostics]  # ("planner", "3-4") -> ...
+    overall: diagnostics.Diagnostics
+    by_role_and_lag: Mapping[tuple[str, str], diagnostics.Diagnostics]  # ("planner", "3-4") -> ...
+    engine_gap: diagnostics.EngineGap | None  # None: no token at lag 0
 
 
 class LearnerEngine:
@@ -80,7 +82,13 @@ class LearnerEngine:
             model_folder,
             chunk_tokens=settings.logprob_chunk_tokens,
             activation_checkpointing=settings.activation_checkpointing,
+            entropy_gradient=settings.entropy_beta > 0,
         )
+        self._reference = None
+        if settings.kl_beta:
+            self._reference = Reference(
+                settings.reference or model_folder, settings, vocab_size=len(scorer.head.weight), device=self.device
+            )
         optimizer = torch.optim.AdamW(
             scorer.parameters(),
             lr=0.0,  # set before each step
@@ -110,12 +118,15 @@ class LearnerEngine:
         """
         name = loss or self.settings.loss
         roles = next((batch.roles for minibatch in minibatches for batch in minibatch), ())
-        prox = [self.log_probs(minibatch) for minibatch in minibatches] if name == "decoupled_ppo" else None
+        need_prox = name == "decoupled_ppo" and self.settings.prox == "recompute"
+        prox = [self.log_probs(minibatch) for minibatch in minibatches] if need_prox else None
         learning_rate = self._set_learning_rate()
-        sums = np.zeros((len(roles) * len(losses.LAG_BUCKETS), len(losses.FIELDS)))
+        tally = diagnostics.Tally.empty(len(roles))
         total_loss = total_norm = 0.0
         for index, minibatch in enumerate(minibatches):
-            step_loss, step_sums = self._accumulate(name, minibatch, None if prox is None else prox[index])
+            step_loss, step_tally = self._accumulate(
+                name, minibatch, None if prox is None else prox[index], progress=index / len(minibatches)
+            )
             if not np.isfinite(step_loss):
                 raise MatpoError(
                     f"update {self.num_updates}: the {name} loss is {step_loss}. The weights were not changed "
@@ -124,9 +135,9 @@ class LearnerEngine:
                 )
             total_loss += step_loss
             total_norm += self._apply()
-            sums += step_sums
+            tally += step_tally
         self.num_updates += 1
-        overall = losses.Diagnostics.of(sums.sum(axis=0))
+        overall = tally.overall()
         return StepReport(
             loss=total_loss / max(len(minibatches), 1),
             grad_norm=total_norm / max(len(minibatches), 1),
@@ -134,7 +145,8 @@ class LearnerEngine:
             num_steps=len(minibatches),
             num_tokens=overall.num_tokens,
             overall=overall,
-            by_role_and_lag=losses.by_role_and_lag(sums, roles),
+            by_role_and_lag=tally.by_role_and_lag(roles),
+            engine_gap=tally.engine_gap(),
         )
 
     def log_probs(self, microbatches: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
@@ -143,27 +155,40 @@ class LearnerEngine:
             return [self._score(batch)[0].float().cpu().numpy()[: batch.num_targets] for batch in microbatches]
 
     def _accumulate(
-        self, name: str, minibatch: Sequence[MicroBatch], prox: Sequence[NDArray[np.float32]] | None
-    ) -> tuple[float, NDArray[np.float64]]:
-        """Backward through a minibatch. Returns loss and diagnostic sums over all ranks."""
+        self,
+        name: str,
+        minibatch: Sequence[MicroBatch],
+        prox: Sequence[NDArray[np.float32]] | None,
+        *,
+        progress: float = 0.0,
+    ) -> tuple[float, diagnostics.Tally]:
+        """Backward through a minibatch. Returns loss and tally over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        sums: Tensor | None = None
+        tally: diagnostics.Tally | None = None
         for index, batch in enumerate(minibatch):
             self._engine.set_gradient_accumulation_boundary(index == len(minibatch) - 1)
             logprobs, entropy = self._score(batch)
-            tokens = losses.Tokens.of(batch, device=self.device, prox=None if prox is None else prox[index])
+            tokens = losses.Tokens.of(
+                batch,
+                device=self.device,
+                prox=None if prox is None else prox[index],
+                reference=None if self._reference is None else self._reference.log_probs(batch),
+                progress=progress,
+            )
             loss, row = losses.weighted_sum(name, logprobs, entropy, tokens, self.settings)
             # DeepSpeed divides the gradient by the number of ranks; our weights already count all ranks.
             self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
             total += loss.detach().double()
-            sums = row if sums is None else sums + row
-        if sums is None:
+            tally = row if tally is None else tally + row
+        if tally is None:
             raise ValueError("a minibatch without micro-batches: packing gives every rank at least one")
         if self.world_size > 1:
-            packed = torch.cat([total.reshape(1), sums.flatten()])
+            packed = torch.cat([total.reshape(1), tally.sums.flatten()])
             dist.all_reduce(packed)
-            total, sums = packed[0], packed[1:].reshape(sums.shape)
-        return float(total), sums.cpu().numpy()
+            dist.all_reduce(tally.peaks, op=dist.ReduceOp.MAX)
+            total = packed[0]
+            tally = diagnostics.Tally(sums=packed[1:].reshape(tally.sums.shape), peaks=tally.peaks)
+        return float(total), tally.cpu()
 
     def _score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         empty = batch.num_tokens == 0  # still a forward pass: under ZeRO-3 the other ranks wait for it

@@ -197,7 +197,8 @@ class Leader:
         if group is None:
             self._drop(delivery, delivery.fate, delivery.reason)
             return None
-        lag = self._publisher.lineage.lag(self.update, _oldest(group.episodes))
+        trained = credit.as_trained(group, self._settings)
+        lag = self._publisher.lineage.lag(self.update, _oldest(trained.episodes))
         if lag > self._settings.drop_lag_versions:
             self._inbox.trained([delivery.index])  # looked at without harm
             self._drop(delivery, "stale", "stale", lag=lag)

@@ -25,6 +25,12 @@ from matpo_learner.packing import pack_sft, pack_update
 
 ADVANTAGES = np.array([1.0, -0.5])
 TWO_STEPS = {"num_minibatches": 2, "loss": "decoupled_ppo"}
+RANK_VARIANTS = {
+    **{f"stage{stage}": TWO_STEPS | {"zero_stage": stage} for stage in (0, 1, 2, 3)},
+    "token": {"denominator": "token"},
+    "constant": {"denominator": "constant", "loss": "cispo"},
+    "regularised": {"loss": "gspo", "kl_beta": 0.1, "entropy_beta": 0.1, "zero_stage": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +75,85 @@ def _assert_same(found, want, atol):
 
 
 @pytest.mark.parametrize("change", [{"microbatch_tokens": 30}, {"microbatch_tokens": 1}, {"logprob_chunk_tokens": 3}])
-@pytest.mark.parametrize("loss", ["tis", "ppo_clip", "decoupled_ppo"])
-def test_update_does_not_depend_on_packing(engine, groups, loss, change):
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"loss": "tis"},
+        {"loss": "ppo_clip", "denominator": "token"},
+        {"loss": "decoupled_ppo", "denominator": "constant"},
+        {"loss": "gspo"},
+        {"loss": "cispo", "kl_beta": 0.1, "entropy_beta": 0.1},
+    ],
+)
+def test_update_does_not_depend_on_packing(engine, groups, objective, change):
     """Defect 3 of the official code: a mean per micro-batch made the gradient depend on packing."""
-    one, many = engine(loss=loss, microbatch_tokens=100_000), engine(loss=loss, **change)
+    one, many = engine(**objective, microbatch_tokens=100_000), engine(**objective, **change)
     reports = [e.step(_plan(e, groups)) for e in (one, many)]
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-5)
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
+    assert reports[1].engine_gap == reports[0].engine_gap
     _assert_same(_gradient(many), _gradient(one), 1e-6)
+
+
+@pytest.mark.parametrize("denominator", ["episode", "token", "constant"])
+def test_shares_of_all_ranks_together_are_the_update_of_one(engine, groups, denominator):
+    """The weights of each rank's share count the whole step."""
+    one, shared = (engine(denominator=denominator, microbatch_tokens=30) for _ in range(2))
+    shares = [
+        pack_update(groups, [ADVANTAGES] * len(groups), shared.settings, version=5, rank=rank, world_size=3)[0]
+        for rank in range(3)
+    ]
+    want, found = one.step(_plan(one, groups)), shared.step([[row for share in shares for row in share]])
+    assert found.loss == pytest.approx(want.loss, rel=1e-5)
+    _assert_same(_gradient(shared), _gradient(one), 1e-6)
+
+
+def test_without_lag_the_engine_gap_is_the_distance_of_the_recorded_log_probs(engine, groups):
+    trained = engine()
+    newest = max(int(s.versions.max()) for g in groups for e in g.episodes for s in e.segments if s.trainable)
+    ((row,),) = _plan(trained, groups, version=newest)
+    (log_pi,) = trained.log_probs([row])
+    gaps = np.abs(log_pi - row.mu)[row.lags == 0]
+    report = trained.step([[row]])
+    assert (report.engine_gap.mean, report.engine_gap.max) == pytest.approx((gaps.mean(), gaps.max()), rel=1e-5)
+    assert report.engine_gap.num_tokens == len(gaps) > 0
+    assert trained.step(_plan(trained, groups, version=9)).engine_gap is None
+
+
+def test_loglinear_prox_spares_the_extra_forward_and_starts_as_the_recomputed_one(engine, groups, monkeypatch):
+    exact, approximate = engine(**TWO_STEPS), engine(prox="loglinear", **TWO_STEPS)
+    want = exact.step(_plan(exact, groups)[:1])
+    scored = []
+    monkeypatch.setattr(approximate, "log_probs", scored.append)
+    found = approximate.step(_plan(approximate, groups)[:1])
+    assert scored == []
+    assert found.loss == pytest.approx(want.loss, rel=1e-6)
+    _assert_same(_weights(approximate), _weights(exact), 1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_kl_penalty_is_zero_at_the_reference_and_positive_away_from_it(engine, groups, stage):
+    trained = engine(kl_beta=0.1, zero_stage=stage)
+    seen = [trained.step(_plan(trained, groups)).overall.reference_kl for _ in range(2)]
+    assert seen[0] == pytest.approx(0.0, abs=1e-9)
+    assert seen[1] > 1e-4
+
+
+def test_kl_penalty_holds_the_policy_near_the_reference(engine, groups):
+    free, held = (engine(kl_beta=beta, learning_rate=1e-2) for beta in (1e-9, 10.0))
+    apart = {}
+    for one in (free, held):
+        for _ in range(6):
+            apart[one] = one.step(_plan(one, groups)).overall.reference_kl
+    assert apart[held] < apart[free] / 2
+
+
+def test_entropy_bonus_raises_the_entropy(engine, groups):
+    trained = engine(entropy_beta=1.0, learning_rate=1e-2)
+    nothing = [np.zeros(2)] * len(groups)
+    plan = pack_update(groups, nothing, trained.settings, version=5)
+    seen = [trained.step(plan).overall.entropy for _ in range(4)]
+    assert seen[-1] > seen[0] + 0.1
 
 
 def test_update_does_not_depend_on_the_order_of_micro_batches(engine, groups):
@@ -243,11 +320,11 @@ def test_deepspeed_config_may_not_change_what_an_update_is(make_settings):
 
 @pytest.fixture(scope="module")
 def two_ranks(groups, tiny_model, make_settings, tmp_path_factory):
-    """Two ranks under DeepSpeed's launcher, ZeRO 0 to 3 one after the other. Returns (folder, settings)."""
+    """Two ranks under DeepSpeed's launcher, RANK_VARIANTS one after the other. Returns (folder, settings by name)."""
     out = tmp_path_factory.mktemp("ranks")
     write_episodes(out / "episodes", [e for g in groups for e in g.episodes])
-    settings = make_settings(microbatch_tokens=40, **TWO_STEPS)
-    (out / "settings.json").write_text(settings.model_dump_json())
+    settings = {name: make_settings(microbatch_tokens=40, **changes) for name, changes in RANK_VARIANTS.items()}
+    (out / "variants.json").write_text(json.dumps({name: s.model_dump(mode="json") for name, s in settings.items()}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -268,14 +345,14 @@ def two_ranks(groups, tiny_model, make_settings, tmp_path_factory):
 
 @pytest.mark.processes
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_under_each_zero_stage_give_the_single_rank_update(two_ranks, engine, groups, stage):
+@pytest.mark.parametrize("variant", list(RANK_VARIANTS))
+def test_two_ranks_give_the_single_rank_update(two_ranks, engine, groups, variant):
     out, settings = two_ranks
-    single = engine(**settings.model_dump(exclude_unset=True))
+    single = engine(**settings[variant].model_dump(exclude_unset=True) | {"zero_stage": 0})
     reports = [single.step(_plan(single, groups, version)) for version in (5, 6)]
-    want = [[r.loss, r.grad_norm, r.num_tokens, r.overall.ess, r.overall.kl] for r in reports]
-    np.testing.assert_allclose(json.loads((out / f"stage{stage}.json").read_text()), want, rtol=1e-4)
-    _assert_same(load_file(out / f"stage{stage}.safetensors"), _weights(single), 2e-5)
+    want = [[r.loss, r.grad_norm, r.num_tokens, r.overall.ess, r.overall.kl, r.overall.gap_max] for r in reports]
+    np.testing.assert_allclose(json.loads((out / f"{variant}.json").read_text()), want, rtol=1e-4)
+    _assert_same(load_file(out / f"{variant}.safetensors"), _weights(single), 2e-5)
 
 
 @pytest.mark.processes
@@ -284,7 +361,7 @@ def test_two_ranks_under_each_zero_stage_give_the_single_rank_update(two_ranks, 
 def test_checkpoint_of_two_ranks_resumes_on_one(two_ranks, engine, stage):
     out, _ = two_ranks
     resumed = engine()
-    resumed.load(out / f"checkpoint{stage}")
+    resumed.load(out / f"checkpoint-stage{stage}")
     assert resumed.num_updates == 2
     assert resumed._get_num_steps() == 4
     _assert_same(_weights(resumed), load_file(out / f"stage{stage}.safetensors"), 0.0)
@@ -294,4 +371,4 @@ def test_checkpoint_of_two_ranks_resumes_on_one(two_ranks, engine, stage):
 @pytest.mark.timeout(240)
 def test_bytes_of_rank_0_arrive_on_the_other(two_ranks):
     out, _ = two_ranks
-    assert (out / "heard0").read_bytes() == b"\x00hello"
+    assert (out / "heard-stage0").read_bytes() == b"\x00hello"
