@@ -256,6 +256,32 @@ Credit = Literal["matpo", "grpo", "rloo", "leader_only"]
 Denominator = Literal["episode", "token", "constant"]
 
 
+class LoraSettings(Section):
+    """[learner.lora]: train low-rank adapters instead of all weights. Leave the section out for full fine-tuning."""
+
+    rank: Count = 16
+    """Rank of each adapter."""
+    alpha: Count = 32
+    """An adapter's output is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Which linear layers get one: names such as "q_proj", or all but the LM head."""
+    dropout: float = 0.0
+    """Only 0: behaviour log-probs were recorded without dropout."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraSettings:
+        if self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout:g}: actors sample without dropout, so importance ratios would be noise. Use 0."
+            )
+        return self
+
+    def __str__(self) -> str:
+        """In words, for checkpoints and errors."""
+        modules = self.target_modules if isinstance(self.target_modules, str) else ",".join(sorted(self.target_modules))
+        return f"adapters of rank {self.rank}, alpha {self.alpha} in {modules}"
+
+
 class LearnerSettings(Section):
     """[learner]: groups -> updates -> snapshots."""
 
@@ -348,14 +374,26 @@ class LearnerSettings(Section):
     """Processes on this machine, started by DeepSpeed's launcher."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage."""
+    deepspeed_config: Path | None = None
+    """A DeepSpeed config file (JSON), merged over the config that we make."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Merged over the DeepSpeed config that we make."""
+    """The same as a table, merged over both: [learner.deepspeed.zero_optimization.offload_optimizer] device = "cpu"."""
+    lora: LoraSettings | None = None
+    """[learner.lora]: train adapters only."""
+    deterministic: bool = False
+    """The same episodes in the same order give the same bits: deterministic algorithms, one CPU thread by default."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     checkpoint_every: Count = 20
     """Updates between checkpoints."""
+    checkpoint_interval_s: Positive = 900.0
+    """A checkpoint is due also when this long has passed since the last one and a group was consumed: groups without
+    signal make no update, and the broker keeps what no checkpoint covers."""
     keep_checkpoints: Count = 2
     """Older ones are deleted; the broker keeps what the oldest needs."""
+    max_bad_updates: Count = 3
+    """The run ends after this many updates in a row whose loss or gradient was not finite. Each is left out, counted,
+    and its batch saved in bad_batches/."""
     keep_snapshots: Count = 4
     """Older ones are deleted after a grace period."""
     group_timeout_s: Positive = 600.0

@@ -93,10 +93,13 @@ class _ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, normaliser, *entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype)
+        trained = ctx.needs_input_grad[1]  # not with adapters: the head rests
+        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if trained else None
         for rows in _chunks(len(targets), ctx.chunk_tokens):
             grad = grad_logprobs[rows, None]
             grad_logits = _logits(hidden[rows], weight) - normaliser[rows, None]  # log p, so far
@@ -108,8 +111,9 @@ class _ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
             grad_logits.scatter_add_(-1, targets[rows, None], grad.to(grad_logits.dtype))
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:

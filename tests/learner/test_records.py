@@ -37,6 +37,7 @@ REPORT = StepReport(
     num_tokens=20,
     overall=replace(PART, num_tokens=20),
     by_role_and_lag={("planner", "0"): PART, ("worker", "3-4"): replace(PART, ess=0.7)},
+    skipped={},
     engine_gap=EngineGap(num_tokens=10, mean=0.03, max=0.4),
 )
 
