@@ -306,7 +306,7 @@ class LearnerSettings(Section):
     """Then normalise the advantages of each environment over its trained tokens of the update."""
     task_norm_min_episodes: Annotated[int, Field(ge=2)] = 16
     """An environment with fewer episodes in the update is left as it is: its mean and deviation would be noise."""
-    abnormal_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    abnormal_reward: float | None = None
     """Trained as the reward of an episode whose root ended as in abnormal_terminations. Unset: the environment's reward
     stands (where a final answer was asked for, that is the answer's)."""
     abnormal_terminations: tuple[Literal["max_turns", "max_tokens", "deadline", "error"], ...] = (

@@ -37,6 +37,7 @@ class Tokens:
     weights: Tensor  # 1 / denominator
     lags: Tensor  # learner version - version that sampled the token
     segments: Tensor  # int64, which of the micro-batch's segments; all sampled tokens of a segment are here
+    num_segments: int
     cells: Tensor  # int64, of matpo_learner.diagnostics
     num_roles: int
     prox: Tensor | None = None  # log-prob before the update's first optimizer step, if it was computed
@@ -60,6 +61,7 @@ class Tokens:
             weights=torch.as_tensor(batch.weights, device=device),
             lags=torch.as_tensor(batch.lags, device=device),
             segments=torch.as_tensor(batch.target_segments, device=device),
+            num_segments=len(batch.segment_lengths),
             cells=torch.as_tensor(cells_of(batch.role_ids, batch.lags), device=device),
             num_roles=len(batch.roles),
             prox=None if prox is None else torch.as_tensor(prox, device=device),
@@ -213,10 +215,10 @@ def gspo(logprobs: Tensor, tokens: Tokens, settings: LearnerSettings) -> TokenLo
     Source: GSPO, arXiv 2507.18071, eq. 5 and 7, in its token form (section 4.3).
     """
     log_ratio = clamped(logprobs.detach() - tokens.mu)
-    num_segments = int(tokens.segments.max()) + 1 if len(tokens.segments) else 0
-    total = log_ratio.new_zeros(num_segments).index_add_(0, tokens.segments, log_ratio)
-    count = torch.bincount(tokens.segments, minlength=num_segments).clamp(min=1)
-    of_segment = (total / count).exp()[tokens.segments]
+    nothing = log_ratio.new_zeros(tokens.num_segments)
+    total = nothing.index_add(0, tokens.segments, log_ratio)
+    count = nothing.index_add(0, tokens.segments, torch.ones_like(log_ratio))
+    of_segment = (total / count)[tokens.segments].exp()  # 0 / 0 of a segment without targets is not looked up
     ratio = of_segment * (logprobs - logprobs.detach()).exp()
     low, high = settings.gspo_clip_low, settings.gspo_clip_high
     surrogate, clipped = _clipped(ratio, tokens.advantages, low, high)

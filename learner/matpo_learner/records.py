@@ -141,7 +141,7 @@ def export(metrics: Metrics, row: Mapping[str, Any], lags: Sequence[int], enviro
     for lag in lags:
         metrics.observe("batch_lag_versions", lag)
     metrics.observe("importance_ratio", report.overall.ratio)
-    for name in (*BY_ROLE_AND_LAG, "engine_gap_nats"):
+    for name in (*BY_ROLE_AND_LAG, "engine_gap_nats", "reward"):
         metrics.clear(name)  # a cell without tokens has no value, not the one of an earlier update
     for (role, bucket), part in report.by_role_and_lag.items():
         for name, attribute in BY_ROLE_AND_LAG.items():

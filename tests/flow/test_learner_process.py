@@ -240,10 +240,27 @@ async def test_a_group_with_a_hostile_episode_is_counted_and_the_run_goes_on(pat
     assert len(lines(run_file, "learner")) == 2
 
 
-async def test_a_group_whose_rewards_overflow_is_counted_and_the_run_goes_on(path: Path) -> None:
+def with_huge_reward(episode: Episode) -> Episode:
+    return replace(episode, reward=1e200)
+
+
+def with_unknown_role(episode: Episode) -> Episode:
+    return replace(episode, segments=(episode.segments[0], replace(episode.segments[1], role="intruder")))
+
+
+def with_another_root(episode: Episode) -> Episode:
+    return replace(episode, segments=(replace(episode.segments[0], role="worker"), episode.segments[1]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [(with_huge_reward, "advantage"), (with_unknown_role, "role"), (with_another_root, "role")]
+)
+async def test_a_group_that_cannot_be_trained_is_counted_and_the_run_goes_on(
+    path: Path, spoil: Callable[[Episode], Episode], reason: str
+) -> None:
     def change(episode: Episode, payload: bytes) -> bytes:
-        huge = episode.group == "g-00000001" and episode.member == 1
-        return schema.encode(replace(episode, reward=1e200)) if huge else payload
+        bad = episode.group == "g-00000001" and episode.member == 1
+        return schema.encode(spoil(episode)) if bad else payload
 
     run_file = load_run_file(path)
     with started("matpo_broker", str(path)):
@@ -251,7 +268,7 @@ async def test_a_group_whose_rewards_overflow_is_counted_and_the_run_goes_on(pat
             with started("matpo_learner", str(path), "--set", "learner.num_updates=2") as learner:
                 assert await ended(learner) == 0
     fates = {row["index"]: (row["fate"], row["reason"]) for row in lines(run_file, "trained")}
-    assert fates[1] == ("invalid", "advantage")
+    assert fates[1] == ("invalid", reason)
     assert len(lines(run_file, "learner")) == 2
 
 

@@ -34,6 +34,7 @@ def _tally(rows):
         weights=torch.ones(len(rows), dtype=torch.float64),
         lags=torch.zeros(len(rows), dtype=torch.int64),
         segments=torch.zeros(len(rows), dtype=torch.int64),
+        num_segments=1,
         cells=torch.tensor(cells),
         num_roles=2,
     )
@@ -98,6 +99,7 @@ def test_engine_gap_is_measured_before_the_first_optimizer_step():
         weights=torch.tensor([1.0]),
         lags=torch.tensor([0]),
         segments=torch.tensor([0]),
+        num_segments=1,
         cells=torch.tensor([0]),
         num_roles=1,
         prox=torch.tensor([-1.01]),

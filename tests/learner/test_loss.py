@@ -49,6 +49,7 @@ def _tokens(mu, advantages, weights=None, *, prox=None, lags=None, segments=None
         weights=column(weights if weights is not None else [1.0] * count),
         lags=whole(lags),
         segments=whole(segments),
+        num_segments=1 + max(segments, default=0) if segments is not None else 1,
         cells=whole(None),
         num_roles=1,
         prox=column(prox if prox is not None else mu),
