@@ -81,6 +81,7 @@ TABLE: dict[Process, dict[str, Spec]] = {
         "groups_trained_total": Spec(Counter, "Groups that moved the weights"),
         "groups_dropped_total": Spec(Counter, "Groups that did not, by reason", ("reason",)),
         "zero_signal_groups_total": Spec(Counter, "Groups with equal rewards: no signal, replaced"),
+        "bad_updates_total": Spec(Counter, "Updates of which a loss or gradient was not finite: left out, batch saved"),
         "tokens_trained_total": Spec(Counter, "Sampled tokens in the loss"),
         "batch_lag_versions": Spec(Histogram, "Lag of each trained episode", buckets=LAGS),
         "importance_ratio": Spec(Histogram, "Mean ratio pi/mu of each update", buckets=RATIOS),

@@ -51,11 +51,11 @@ def learner(
         if mode is Mode.sft and (episodes is None or out is None):
             raise ConfigError("--mode sft needs --episodes FILE and --out FOLDER.")
         settings = load_run_file(run_file, set_ or [])
-        rank = int(os.environ.get("RANK", "0"))
-        logs.configure(settings.log, process="learner" if settings.learner.num_ranks == 1 else f"learner-{rank}")
+        rank = os.environ.get("RANK")  # set for ranks that somebody has started: our launcher, DeepSpeed's, torchrun
+        logs.configure(settings.log, process="learner" if rank is None else f"learner-{rank}")
         from matpo_learner import process, sft  # torch takes seconds to import: not for --help
 
-        if settings.learner.num_ranks > 1 and "RANK" not in os.environ:
+        if settings.learner.num_ranks > 1 and rank is None:
             raise typer.Exit(process.launch(sys.argv[1:], settings.learner.num_ranks))
         log.info("learner.starts", version=__version__, run=settings.run.name, settings=settings.learner.model_dump())
         if mode is Mode.rl:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ CONNECT_S = 10.0
 MAX_BACK_OFF_S = 5.0
 FLUSH_S = 10.0
 FIRST_WARNING_S = 10.0
+IDLE_S = 0.5
 ORDERS_PER_MESSAGE = 1024
 log = logs.get()
 _Result = TypeVar("_Result")
@@ -89,6 +91,14 @@ def _check_group(message: wire.GroupReady, episodes: Sequence[Episode], *, task:
         raise EpisodeError(f"{message.group} does not hold each of its {group_size} members once", reason="members")
 
 
+def _wait(future: Future[_Result], idle: Callable[[], None]) -> _Result:
+    while True:
+        done, _ = wait_for_futures([future], timeout=IDLE_S)
+        if done:
+            return future.result()
+        idle()
+
+
 class Inbox:
     """Talks to the broker. `start` first, `resume` second; then place, take and commit in any order; `stop` last.
 
@@ -135,15 +145,21 @@ class Inbox:
 
     # ---- for the main thread
 
-    def start(self) -> wire.Welcome:
-        """Connect; waits for the broker as long as it takes. Raises RefusedError when it does not want us."""
+    def start(self, idle: Callable[[], None] = lambda: None) -> wire.Welcome:
+        """Connect; waits for the broker as long as it takes. Raises RefusedError when it does not want us.
+
+        `idle` is called about every IDLE_S meanwhile; what it raises ends the wait.
+        """
         self._thread.start()
-        welcome = self._started.result()
+        welcome = _wait(self._started, idle)
         self.epoch = welcome.epoch
         return welcome
 
-    def resume(self, checkpoint: str, book: Book) -> None:
-        """Say what is consumed; every other group comes again. Open orders are placed again, should they be lost."""
+    def resume(self, checkpoint: str, book: Book, idle: Callable[[], None] = lambda: None) -> None:
+        """Say what is consumed; every other group comes again. Open orders are placed again, should they be lost.
+
+        Waits for the broker as `start` does.
+        """
         self._seen, self._done_below = set(book.consumed), book.consumed_below
         self._post(
             wire.Resume(
@@ -153,7 +169,7 @@ class Inbox:
                 consumed=sorted(book.consumed),
             )
         )
-        self._resumed.result()
+        _wait(self._resumed, idle)
         self.place(book.open())
 
     def place(self, indices: Sequence[int]) -> None:
@@ -262,7 +278,10 @@ class Inbox:
         self._outgoing: asyncio.Queue[wire.AnyMessage] = asyncio.Queue()
         self._stopping = asyncio.Event()
         self._room = asyncio.Event()
-        self._started.set_result(await self._patiently(self._connect))
+        welcome = await self._first_welcome()
+        if welcome is None:
+            return
+        self._started.set_result(welcome)
         try:
             sender, fetcher = asyncio.create_task(self._send()), asyncio.create_task(self._fetch())
             stopping = asyncio.create_task(self._stopping.wait())
@@ -274,10 +293,21 @@ class Inbox:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
-            for task in done:
-                task.result()
+            failures = [error for task in done if (error := task.exception())]  # all of them are looked at
+            if failures:
+                raise failures[0]
         finally:
             await self._link.close()
+
+    async def _first_welcome(self) -> wire.Welcome | None:
+        """None: told to stop before the broker was there."""
+        connecting = asyncio.create_task(self._patiently(self._connect))
+        stopping = asyncio.create_task(self._stopping.wait())
+        done, pending = await asyncio.wait({connecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        return connecting.result() if connecting in done else None
 
     async def _connect(self) -> wire.Welcome:
         link = Link(self._endpoint, self._hello, keys=self._keys)

@@ -2,17 +2,21 @@
 
 Rules kept here, each with a test in tests/flow/test_learner_process.py:
 1. A group is consumed when it is trained, or dropped for a counted reason: zero_signal, stale, dropped (by the broker),
-   invalid. Its line in trained.jsonl and its place in the book are written together.
+   invalid, not_finite. Its line in trained.jsonl and its place in the book are written together.
 2. Lag is judged when a group is about to be trained, in updates.
 3. What a checkpoint covers is on disk before the broker hears of it.
+4. A checkpoint is due by updates, or by time when groups were consumed since the last one.
+5. A batch that is not finite is saved; max_bad_updates of them in a row end the run.
+6. Once a newer learner has taken over, nothing more is written (matpo_learner.fence).
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +24,24 @@ from typing import Any
 import torch
 
 from matpo import logs, wire
-from matpo.episode import UNSAMPLED_VERSION, Episode, Group
-from matpo.errors import ConfigError, EpisodeError
+from matpo.episode import UNSAMPLED_VERSION, Episode, Group, Task
+from matpo.errors import ConfigError, EpisodeError, MatpoError
 from matpo.metrics import Metrics
 from matpo.plugins import load_environment
 from matpo.run_folder import Identity
 from matpo.schema import SCHEMA_VERSION
 from matpo.security import client_keys
-from matpo.settings import RunFile
-from matpo_learner import checkpoint, credit, records
+from matpo.settings import LearnerSettings, RunFile
+from matpo_learner import bad_batches, checkpoint, credit, records
 from matpo_learner.deepspeed_engine import StepReport
+from matpo_learner.fence import Fence
 from matpo_learner.inbox import Delivery, Inbox
 from matpo_learner.orders import Book, OrderStream
+from matpo_learner.packing import minibatch_bounds
 from matpo_learner.publisher import Publisher
 
 TAKE_S = 0.5
+BAD_BATCHES = "bad_batches"
 log = logs.get()
 
 
@@ -48,75 +55,84 @@ class Chosen:
 
 
 class Leader:
-    """Talks to the broker and the disk. Made on rank 0 once the engine holds the weights to start from."""
+    """Talks to the broker and the disk. Made on rank 0; `resumed` is the checkpoint that the engine has to load."""
 
-    def __init__(self, run_file: RunFile, identity: Identity, resumed: checkpoint.Meta | None) -> None:
-        """Connect to the broker and cut the logs back. Waits for the broker as long as it takes."""
+    def __init__(
+        self,
+        run_file: RunFile,
+        identity: Identity,
+        stopping: threading.Event,
+        idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Connect to the broker, take over the run folder, find the newest checkpoint, cut the logs back to it.
+
+        Waits for the broker as long as it takes; `idle` is called meanwhile, and what it raises ends the wait.
+        """
         self._run_file, self._identity = run_file, identity
         self._settings = run_file.learner
-        self.book = resumed.book() if resumed else Book()
-        self.update = resumed.update if resumed else 0
-        self._resumed = resumed.name if resumed else ""
+        self._stopping = stopping
         self.version = -1
-        self.stopping = False
         self.metrics = Metrics("learner")
         if run_file.metrics.learner_port:
             self.metrics.serve(run_file.metrics.host, run_file.metrics.learner_port)
-        environment = load_environment(
-            run_file.environment.name, run_file.environment.plugin, run_file.environment.options
-        )
-        tasks = environment.tasks("train")
-        stream = OrderStream(tasks, seed=run_file.run.seed, group_size=self._settings.group_size)
-        self._inbox = Inbox(
-            f"tcp://{run_file.broker.host}:{run_file.broker.learner_port}",
-            wire.Hello(
-                peer="learner",
-                name="learner",
-                incarnation=uuid.uuid4().hex,
-                run=identity.name,
-                schema_version=SCHEMA_VERSION,
-                model=identity.fingerprint,
-            ),
-            stream=stream,
-            group_size=self._settings.group_size,
-            vocab_size=vocab_size(run_file.model_folder),
-            prefetch=self._settings.groups_per_update,
-            group_timeout_s=self._settings.group_timeout_s,
-            keys=client_keys(run_file, "learner"),
-        )
-        welcome = self._inbox.start()
-        known = max(welcome.snapshot_version, resumed.version if resumed else -1)
-        self._publisher = Publisher(run_file, epoch=self._inbox.epoch, update=self.update, known_version=known)
-        covered = resumed.log_bytes if resumed else {}
+        self._context_tokens = context_tokens(run_file.model_folder)
+        self._inbox = _make_inbox(run_file, identity)
+        try:
+            welcome = self._inbox.start(idle)
+            self._fence = Fence(run_file.run.folder, self._inbox.epoch, idle)
+            self._begin(welcome)
+        except BaseException:  # also when told to stop
+            self._inbox.stop()
+            raise
+
+    def _begin(self, welcome: wire.Welcome) -> None:
+        """From the newest checkpoint, which no older learner can replace any more."""
+        run_file = self._run_file
+        self.resumed = checkpoint.load_newest(run_file.checkpoint_folder, self._identity)
+        meta = self.resumed[1] if self.resumed else None
+        self.book = meta.book() if meta else Book()
+        self.update = meta.update if meta else 0
+        self._saved = (self.update, self.book.num_consumed, time.monotonic())
+        known = max(welcome.snapshot_version, meta.version if meta else -1)
+        covered = meta.log_bytes if meta else {}
         folder = run_file.run.folder / "metrics"
-        self._logs = {
-            name: records.JsonLines(folder / f"{name}.jsonl", num_bytes=covered.get(name, 0))
-            for name in ("learner", "trained")
-        }
+        with self._fence.held():
+            self._publisher = Publisher(run_file, epoch=self._inbox.epoch, update=self.update, known_version=known)
+            self._logs = {
+                name: records.JsonLines(folder / f"{name}.jsonl", num_bytes=covered.get(name, 0))
+                for name in ("learner", "trained")
+            }
         self._chosen: list[Chosen] = []
-        self._zero_signal: list[Group] = []
-        self._dropped = 0
+        pending = meta.pending if meta else checkpoint.Pending()
+        self._zero_signal = [_group_of(rewards) for rewards in pending.zero_signal]
+        self._dropped, self._bad_updates, self._bad_in_a_row = pending.dropped, pending.bad_updates, 0
+
+    @property
+    def stopping(self) -> bool:
+        """Told to stop."""
+        return self._stopping.is_set()
 
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], *, update: int) -> None:
         """Write the weights of `update` as the next version and tell of it."""
         self.update = update
         # Before it is written: an actor may load it, and finish an episode with it, before publish returns.
         self._inbox.published = self._publisher.version
-        self.version = self._publisher.publish(tensors, update=self.update)
+        with self._fence.held():
+            self.version = self._publisher.publish(tensors, update=self.update)
         oldest = self._publisher.lineage.oldest_within(self.update, self._settings.drop_lag_versions)
         self._inbox.min_version = oldest
         self._inbox.notice(self.version)
         self.metrics.set("policy_version", self.version)
         self.metrics.set("published_version", self.version)
 
-    def open(self) -> None:
+    def open(self, idle: Callable[[], None]) -> None:
         """After the first publish: let groups come."""
-        self._inbox.resume(self._resumed, self.book)
+        self._inbox.resume(self.resumed[1].name if self.resumed else "", self.book, idle)
 
     def collect(self, idle: Callable[[], None]) -> list[Delivery] | None:
         """The groups of the next update, with others ordered for those that cannot be trained. None: told to stop.
 
-        `idle` is called at least about once in TAKE_S.
+        `idle` is called at least about once in TAKE_S, with every group consumed or open: it may save a checkpoint.
         """
         chosen: list[Chosen] = []
         while len(chosen) < self._settings.groups_per_update:
@@ -132,21 +148,45 @@ class Leader:
         return [one.delivery for one in chosen]
 
     def finish(self, report: StepReport, seconds: dict[str, float]) -> None:
-        """Write down the update of the groups that were collected last. Its weights are published."""
+        """Write down the update of the groups that were collected last. Its weights, if they moved, are published.
+
+        Raises MatpoError(not_finite) when this was one bad update too many.
+        """
         chosen, self._chosen = self._chosen, []
         self._inbox.trained([one.delivery.index for one in chosen])
-        for one in chosen:
-            self._consume(one.delivery, "trained", one.group)
-        lags = [one.lag for one in chosen for _ in one.group.episodes]
+        update = self.update if report.num_steps else self.update + 1
+        bad = _groups_of(report.skipped, len(chosen), self._settings)
+        with self._fence.held():
+            if bad:
+                self._save_bad(chosen, bad, report, update)
+            for index, why in bad.items():
+                self._drop(chosen[index].delivery, "not_finite", why, update=update)
+            trained = [one for index, one in enumerate(chosen) if index not in bad]
+            for one in trained:
+                self._consume(one.delivery, "trained", one.group, update=update)
+            if report.num_steps:
+                self._write_row(trained, report, seconds)
+        self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
+        if self._bad_in_a_row >= self._settings.max_bad_updates:
+            raise MatpoError(
+                f"{self._bad_in_a_row} updates in a row were not finite: {report.skipped}. The batches are in "
+                f"{self._run_file.run.folder / BAD_BATCHES}. Look at them; then start again with a lower "
+                "learner.learning_rate from the last checkpoint, or set learner.max_bad_updates higher.",
+                reason="not_finite",
+            )
+
+    def _write_row(self, trained: Sequence[Chosen], report: StepReport, seconds: dict[str, float]) -> None:
+        lags = [one.lag for one in trained for _ in one.group.episodes]
         row: dict[str, Any] = {
             "update": self.update,
             "version": self.version,
             "time_s": round(time.time(), 3),
-            **records.summarise([one.group for one in chosen], self._zero_signal, lags, report),
+            **records.summarise([one.group for one in trained], self._zero_signal, lags, report),
             "groups_dropped": self._dropped,
+            "bad_updates": self._bad_updates,
             "seconds": seconds,
         }
-        self._zero_signal, self._dropped = [], 0
+        self._zero_signal, self._dropped, self._bad_updates = [], 0, 0
         self._logs["learner"].write(**row)
         records.export(self.metrics, row, lags, self._run_file.environment.name, report)
         shown = ("reward", "lag_mean", "loss", "kl", "ess", "grad_norm", "groups_zero_signal", "tokens_trained")
@@ -158,26 +198,70 @@ class Leader:
             seconds=seconds,
         )
 
+    def _save_bad(self, chosen: Sequence[Chosen], bad: Mapping[int, str], report: StepReport, update: int) -> None:
+        """Count an update of which something was not finite, and keep what it was made of."""
+        self._bad_updates += 1
+        self.metrics.count("bad_updates_total")
+        what = {
+            "version": self.version,
+            "loss": self._settings.loss,
+            "learning_rate": report.learning_rate,
+            "minibatches": {str(index): why for index, why in report.skipped.items()},
+        }
+        groups = [chosen[index].group for index in bad]
+        folder = bad_batches.save(self._run_file.run.folder / BAD_BATCHES, groups, what, update=update)
+        log.error("update.not_finite", update=update, minibatches=dict(report.skipped), batch=str(folder))
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a checkpoint covers everything so far."""
+        nothing_new = self._saved[:2] == (self.update, self.book.num_consumed)
+        return nothing_new and bool(checkpoint.found(self._run_file.checkpoint_folder))
+
+    def is_checkpoint_due(self) -> bool:
+        """By updates since the last one, or by time if there is anything new to cover."""
+        update, consumed, at_s = self._saved
+        if self.update - update >= self._settings.checkpoint_every:
+            return True
+        late = time.monotonic() - at_s >= self._settings.checkpoint_interval_s
+        return late and self.book.num_consumed > consumed
+
     def staging(self) -> Path:
         """An empty folder for the engine's part of a checkpoint."""
-        return checkpoint.prepare(self._run_file.checkpoint_folder, self.update)
+        with self._fence.held():
+            return checkpoint.prepare(self._run_file.checkpoint_folder, self._inbox.epoch)
+
+    def check_fence(self) -> None:
+        """Raises RefusedError(fenced) when a newer learner has taken over."""
+        with self._fence.held():
+            pass
 
     def save(self) -> None:
         """Make the staged engine state a checkpoint of everything so far, and tell the broker."""
         folder = self._run_file.checkpoint_folder
-        meta = checkpoint.Meta(
-            run=self._identity.id,
-            fingerprint=self._identity.fingerprint,
-            epoch=self._inbox.epoch,
-            version=self.version,
-            update=self.update,
-            cursor=self.book.cursor,
-            consumed_below=self.book.consumed_below,
-            consumed=sorted(self.book.consumed),
-            log_bytes={name: file.sync() for name, file in self._logs.items()},
-        )
-        checkpoint.commit(folder, meta, keep=self._settings.keep_checkpoints)
-        self._inbox.commit(meta.name, self.book, oldest_kept_below=checkpoint.oldest_kept(folder))
+        with self._fence.held():
+            meta = checkpoint.Meta(
+                run=self._identity.id,
+                fingerprint=self._identity.fingerprint,
+                epoch=self._inbox.epoch,
+                version=self.version,
+                update=self.update,
+                cursor=self.book.cursor,
+                consumed_below=self.book.consumed_below,
+                consumed=sorted(self.book.consumed),
+                log_bytes={name: file.sync() for name, file in self._logs.items()},
+                pending=checkpoint.Pending(
+                    zero_signal=[
+                        [(e.reward, dict(e.reward_components)) for e in g.episodes] for g in self._zero_signal
+                    ],
+                    dropped=self._dropped,
+                    bad_updates=self._bad_updates,
+                ),
+            )
+            checkpoint.commit(folder, meta, keep=self._settings.keep_checkpoints)
+            oldest = checkpoint.oldest_kept(folder)
+        self._saved = (self.update, self.book.num_consumed, time.monotonic())
+        self._inbox.commit(meta.name, self.book, oldest_kept_below=oldest)
         self.metrics.set("checkpoint_timestamp_seconds", time.time())
         log.info("checkpoint.saved", checkpoint=meta.name, update=self.update, version=self.version)
 
@@ -190,6 +274,7 @@ class Leader:
         self._inbox.stop()
         for file in self._logs.values():
             file.close()
+        self._fence.close()
 
     def _judge(self, delivery: Delivery) -> Chosen | None:
         """The group if it is worth training now; otherwise it is consumed here, and counted."""
@@ -205,6 +290,7 @@ class Leader:
             return None
         try:
             check_roles(group, self._run_file)
+            check_context(group, self._context_tokens)
             worth = credit.advantages(group, self._settings)
         except EpisodeError as error:
             log.warning("group.invalid", group=group.id, reason=error.reason, error=str(error))
@@ -220,24 +306,75 @@ class Leader:
             return None
         return Chosen(delivery=delivery, group=group, lag=lag)
 
-    def _drop(self, delivery: Delivery, fate: str, reason: str, **fields: int) -> None:
-        # The label is the fate, which is one of four: a peer's words must not become label values.
+    def _drop(self, delivery: Delivery, fate: str, reason: str, *, update: int | None = None, **fields: int) -> None:
+        # The label is the fate, which is one of five: a peer's words must not become label values.
         self.metrics.count("groups_dropped_total", reason=fate)
         self._dropped += 1
         log.warning("group.dropped", group=delivery.id, fate=fate, reason=reason, **fields)
-        self._consume(delivery, fate, delivery.group, reason=reason)
+        self._consume(delivery, fate, delivery.group, reason=reason, update=update)
 
-    def _consume(self, delivery: Delivery, fate: str, group: Group | None, reason: str = "") -> None:
-        self.book.consume(delivery.index)
-        # A group that fell out before an update counts to that update.
-        self._logs["trained"].write(
-            update=self.update if fate == "trained" else self.update + 1,
-            group=delivery.id,
-            index=delivery.index,
-            fate=fate,
-            reason=reason,
-            episodes=[episode.id for episode in group.episodes] if group else [],
+    def _consume(
+        self, delivery: Delivery, fate: str, group: Group | None, *, reason: str = "", update: int | None = None
+    ) -> None:
+        """`update` is the one that the group was for. Default: one that is still to come."""
+        with self._fence.held():
+            self.book.consume(delivery.index)
+            self._logs["trained"].write(
+                update=self.update + 1 if update is None else update,
+                group=delivery.id,
+                index=delivery.index,
+                fate=fate,
+                reason=reason,
+                episodes=[episode.id for episode in group.episodes] if group else [],
+            )
+
+
+def _make_inbox(run_file: RunFile, identity: Identity) -> Inbox:
+    environment = load_environment(run_file.environment.name, run_file.environment.plugin, run_file.environment.options)
+    settings = run_file.learner
+    stream = OrderStream(environment.tasks("train"), seed=run_file.run.seed, group_size=settings.group_size)
+    return Inbox(
+        f"tcp://{run_file.broker.host}:{run_file.broker.learner_port}",
+        wire.Hello(
+            peer="learner",
+            name="learner",
+            incarnation=uuid.uuid4().hex,
+            run=identity.name,
+            schema_version=SCHEMA_VERSION,
+            model=identity.fingerprint,
+        ),
+        stream=stream,
+        group_size=settings.group_size,
+        vocab_size=vocab_size(run_file.model_folder),
+        prefetch=settings.groups_per_update,
+        group_timeout_s=settings.group_timeout_s,
+        keys=client_keys(run_file, "learner"),
+    )
+
+
+def _group_of(rewards: Sequence[tuple[float, Mapping[str, float]]]) -> Group:
+    """A group of which only the rewards are still needed."""
+    episodes = [
+        Episode(
+            id="",
+            group="",
+            member=member,
+            attempt=0,
+            task=Task(id="", environment="", question=""),
+            segments=(),
+            answer="",
+            reward=reward,
+            reward_components=components,
         )
+        for member, (reward, components) in enumerate(rewards)
+    ]
+    return Group(id="", episodes=episodes)
+
+
+def _groups_of(skipped: Mapping[int, str], num_groups: int, settings: LearnerSettings) -> dict[int, str]:
+    """Which groups of a batch were in minibatches that were left out, and why."""
+    bounds = minibatch_bounds(num_groups, settings)
+    return {group: why for index, why in skipped.items() for group in range(*bounds[index])}
 
 
 def check_roles(group: Group, run_file: RunFile) -> None:
@@ -264,8 +401,35 @@ def _oldest(episodes: Iterable[Episode]) -> int:
 
 def vocab_size(model_folder: Path) -> int:
     """How many token ids the model has. Raises ConfigError when its config does not say."""
-    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size = _text_config(model_folder).get("vocab_size")
     if not isinstance(size, int):
         raise ConfigError(f"{model_folder / 'config.json'} has no vocab_size. Use a causal LM such as Qwen3.")
     return size
+
+
+def context_tokens(model_folder: Path) -> int | None:
+    """The longest segment that the model has positions for, as stretched (YaRN, ...); None: its config does not say."""
+    config = _text_config(model_folder)
+    limit = config.get("max_position_embeddings")
+    if not isinstance(limit, int):
+        return None
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor = rope.get("factor")
+    return int(limit * max(1.0, factor)) if isinstance(factor, int | float) else limit
+
+
+def check_context(group: Group, limit: int | None) -> None:
+    """Raises EpisodeError(context) for a segment of more than `limit` tokens."""
+    for episode in group.episodes:
+        for segment in episode.segments:
+            if limit is not None and len(segment.token_ids) > limit:
+                raise EpisodeError(
+                    f"segment {segment.index} of {episode.id} has {len(segment.token_ids)} tokens, the model's context "
+                    f"is {limit}. Set roles.{segment.role}.max_context_tokens <= {limit}.",
+                    reason="context",
+                )
+
+
+def _text_config(model_folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    return {**config.get("text_config", {}), **config}

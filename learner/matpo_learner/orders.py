@@ -69,6 +69,11 @@ class Book:
         """Orders that are placed and whose group is not consumed."""
         return self.cursor - self.consumed_below - len(self.consumed)
 
+    @property
+    def num_consumed(self) -> int:
+        """Groups that are done."""
+        return self.consumed_below + len(self.consumed)
+
     def is_consumed(self, index: int) -> bool:
         """Whether the group of order `index` is done."""
         return index < self.consumed_below or index in self.consumed

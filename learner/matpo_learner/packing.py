@@ -103,11 +103,16 @@ def pack_update(
             raise ValueError(f"group {group.id}: advantages {of_group.tolist()} are not all finite")
     roles = _roles([episode for group in groups for episode in group.episodes])
     minibatches = []
-    bounds = np.linspace(0, len(groups), settings.num_minibatches + 1).round().astype(int)
-    for low, high in pairwise(bounds):
+    for low, high in minibatch_bounds(len(groups), settings):
         pieces = _pieces(groups[low:high], advantages[low:high], settings)
         minibatches.append(_rows(pieces, settings, roles, version, rank, world_size))
     return minibatches
+
+
+def minibatch_bounds(num_groups: int, settings: LearnerSettings) -> list[tuple[int, int]]:
+    """(first, one past the last) group of each minibatch of an update."""
+    bounds = np.linspace(0, num_groups, settings.num_minibatches + 1).round().astype(int).tolist()
+    return list(pairwise(bounds))
 
 
 def pack_sft(

@@ -1,10 +1,13 @@
 """The learner process: the loop, its ranks, how it starts and how it ends.
 
 Rules kept here, each with a test in tests/flow/test_learner_process.py:
-1. Every rank runs this same loop. Rank 0 alone (matpo_learner.leader) talks to the broker and writes files; the others
-   get the encoded groups from it, and make the same plan from them.
+1. Rank 0 leads: it alone talks to the broker and writes files (matpo_learner.leader), and says what all do next. The
+   others follow: they get the encoded groups from it, and make the same plan from them.
 2. Killed at any instruction, it resumes from the newest checkpoint, and no group moves the weights twice or never.
-3. SIGTERM or SIGINT: finish the update in progress, write a checkpoint, exit 0. A second one exits at once.
+3. SIGTERM or SIGINT: finish the update in progress, write a checkpoint, exit 0. So it takes one update, one snapshot
+   and one checkpoint at most. A second signal ends it at once.
+4. While rank 0 waits for broker, groups or an older learner, the others hear from it: no collective times out.
+5. When a newer learner has taken over, this one ends with a named error and writes nothing more.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +33,11 @@ import msgpack
 from matpo import logs, schema
 from matpo.episode import Group
 from matpo.errors import ConfigError
-from matpo.run_folder import Identity, claim
+from matpo.run_folder import claim
 from matpo.settings import RunFile
 from matpo_learner import checkpoint, credit
 from matpo_learner.deepspeed_engine import LearnerEngine, StepReport
+from matpo_learner.deepspeed_ranks import RENDEZVOUS_FILE
 from matpo_learner.leader import Leader
 from matpo_learner.packing import pack_update
 from matpo_learner.records import Stopwatch
@@ -47,47 +51,112 @@ log = logs.get()
 
 def train(run_file: RunFile, start: Start = "auto") -> None:
     """Train until learner.num_updates, or until told to stop. One call per rank."""
+    if int(os.environ.get("RANK", "0")):
+        _leave_signals_to_rank_0()
+        with closing(LearnerEngine(run_file.model_folder, run_file.learner, seed=run_file.run.seed)) as engine:
+            _follow(engine, run_file)
+        return
     identity = claim(run_file)
-    resumed = _choose_start(run_file, identity, start)
-    engine = LearnerEngine(run_file.model_folder, run_file.learner, seed=run_file.run.seed)
-    if resumed:
-        engine.load(resumed[0])
-        log.info("learner.resumed", checkpoint=resumed[0].name, update=engine.num_updates)
-    saved = engine.num_updates if resumed else None
-    with closing(engine):
-        if engine.rank:
-            _ignore_signals()
-            _loop(run_file, engine, None, saved)
-            return
-        with closing(Leader(run_file, identity, resumed[1] if resumed else None)) as leader:
-            _stop_on_signals(leader)
-            _loop(run_file, engine, leader, saved)
-            leader.say_goodbye()
+    _check_start(run_file, start)
+    stopping = _stop_on_signals()
+    with closing(LearnerEngine(run_file.model_folder, run_file.learner, seed=run_file.run.seed)) as engine:
+        keep_alive = KeepAlive(engine)
+
+        def idle() -> None:
+            if stopping.is_set():
+                raise _StoppedError
+            keep_alive()
+
+        try:
+            idle()  # a large model takes its time to load
+            with closing(Leader(run_file, identity, stopping, idle)) as leader:
+                _lead(run_file, engine, leader, keep_alive, idle)
+                leader.say_goodbye()
+        except _StoppedError:
+            log.info("learner.ends", why="told to stop before it had begun: nothing is new")
+        _tell(engine, "stop")
 
 
-def _loop(run_file: RunFile, engine: LearnerEngine, leader: Leader | None, saved: int | None) -> None:
-    """Groups -> update -> snapshot -> checkpoint. `saved` is the update of the checkpoint that we come from."""
+class _StoppedError(Exception):
+    """Told to stop before anything began."""
+
+
+def _lead(
+    run_file: RunFile, engine: LearnerEngine, leader: Leader, keep_alive: KeepAlive, idle: Callable[[], None]
+) -> None:
+    """Groups -> update -> snapshot -> checkpoint."""
     settings = run_file.learner
-    watch = Stopwatch(leader.metrics if leader else None)
+    watch = Stopwatch(leader.metrics)
+    if leader.resumed:
+        _tell(engine, "load")
+        engine.load(leader.resumed[0])
+        log.info("learner.resumed", checkpoint=leader.resumed[0].name, update=engine.num_updates)
     _publish(engine, leader)
-    if leader:
-        leader.open()
+    leader.open(idle)
+
+    def meanwhile() -> None:
+        keep_alive()
+        if leader.is_checkpoint_due():
+            _checkpoint(engine, leader)
+
     while engine.num_updates < settings.num_updates:
         with watch.phase("wait"):
-            batch = _next_batch(engine, leader, run_file)
-        if batch is None:
+            deliveries = leader.collect(meanwhile)
+        if deliveries is None:
             break
+        if engine.world_size > 1:
+            groups = [(d.id, list(d.payloads)) for d in deliveries]
+            _tell(engine, "train", version=leader.version, groups=groups)
+        batch = Batch(version=leader.version, groups=[d.group for d in deliveries if d.group])
         report = _update(engine, batch, run_file, watch)
-        with watch.phase("publish"):
-            _publish(engine, leader)
-        if leader:
-            leader.finish(report, watch.lap())
-        if engine.num_updates % settings.checkpoint_every == 0:
+        if report.num_steps:  # the weights moved
+            with watch.phase("publish"):
+                _publish(engine, leader)
+        leader.finish(report, watch.lap())
+        if leader.is_checkpoint_due():
             with watch.phase("checkpoint"):
-                saved = _checkpoint(engine, leader)
-    if saved != engine.num_updates:
+                _checkpoint(engine, leader)
+    if not leader.is_saved:
         _checkpoint(engine, leader)
     log.info("learner.ends", update=engine.num_updates, num_updates=settings.num_updates)
+
+
+def _follow(engine: LearnerEngine, run_file: RunFile) -> None:
+    """Do what rank 0 says, until it says stop."""
+    while True:
+        message = msgpack.unpackb(engine.broadcast_bytes(None), max_bin_len=2**32 - 1)
+        match message["do"]:
+            case "stop":
+                return
+            case "load":
+                engine.load(Path())  # rank 0 reads
+            case "publish":
+                for _ in engine.tensors():  # rank 0 needs our shards
+                    pass
+            case "checkpoint":
+                engine.save(Path())  # rank 0 writes
+            case "train":
+                _update(engine, _unpack_batch(message), run_file, Stopwatch(None))
+
+
+def _tell(engine: LearnerEngine, what: str, **fields: Any) -> None:
+    """What all ranks do next."""
+    if engine.world_size > 1:
+        engine.broadcast_bytes(msgpack.packb({"do": what, **fields}))
+
+
+class KeepAlive:
+    """Called often, it lets the other ranks hear from rank 0 every KEEP_ALIVE_S."""
+
+    def __init__(self, engine: LearnerEngine) -> None:
+        self._engine = engine
+        self._last_s = time.monotonic()
+
+    def __call__(self) -> None:
+        """Speak if it is time."""
+        if time.monotonic() - self._last_s > KEEP_ALIVE_S:
+            _tell(self._engine, "wait")
+            self._last_s = time.monotonic()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -98,48 +167,16 @@ class Batch:
     groups: Sequence[Group]
 
 
-def _next_batch(engine: LearnerEngine, leader: Leader | None, run_file: RunFile) -> Batch | None:
-    """The next batch, the same on every rank. None: told to stop."""
-    if leader is None:
-        return _receive_batch(engine, run_file)
-    last_s = time.monotonic()
-
-    def keep_alive() -> None:
-        nonlocal last_s
-        if time.monotonic() - last_s > KEEP_ALIVE_S:
-            engine.broadcast_bytes(_pack({"do": "wait"}))
-            last_s = time.monotonic()
-
-    deliveries = leader.collect(keep_alive)
-    if deliveries is None:
-        engine.broadcast_bytes(_pack({"do": "stop"}))
-        return None
-    if engine.world_size > 1:
-        groups = [(d.id, list(d.payloads)) for d in deliveries]
-        engine.broadcast_bytes(_pack({"do": "train", "version": leader.version, "groups": groups}))
-    return Batch(version=leader.version, groups=[d.group for d in deliveries if d.group])
-
-
-def _receive_batch(engine: LearnerEngine, run_file: RunFile) -> Batch | None:
-    while True:
-        message = msgpack.unpackb(engine.broadcast_bytes(None), max_bin_len=2**32 - 1)
-        if message["do"] == "stop":
-            return None
-        if message["do"] == "train":
-            groups = [
-                Group(
-                    id=name,
-                    # Rank 0 has checked them against the vocabulary and what is published.
-                    episodes=tuple(schema.decode(p, vocab_size=None, published_version=None) for p in payloads),
-                )
-                for name, payloads in message["groups"]
-            ]
-            return Batch(version=message["version"], groups=groups)
-
-
-def _pack(message: dict[str, Any]) -> bytes:
-    packed: bytes = msgpack.packb(message)
-    return packed
+def _unpack_batch(message: dict[str, Any]) -> Batch:
+    groups = [
+        Group(
+            id=name,
+            # Rank 0 has checked them against the vocabulary and what is published.
+            episodes=tuple(schema.decode(p, vocab_size=None, published_version=None) for p in payloads),
+        )
+        for name, payloads in message["groups"]
+    ]
+    return Batch(version=message["version"], groups=groups)
 
 
 def _update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwatch) -> StepReport:
@@ -158,60 +195,66 @@ def _update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopw
         return engine.step(plan)
 
 
-def _publish(engine: LearnerEngine, leader: Leader | None) -> None:
-    if leader:
-        leader.publish(engine.tensors(), update=engine.num_updates)
-    else:
-        for _ in engine.tensors():  # collective: rank 0 needs our shards
-            pass
+def _publish(engine: LearnerEngine, leader: Leader) -> None:
+    _tell(engine, "publish")
+    leader.publish(engine.tensors(), update=engine.num_updates)
 
 
-def _checkpoint(engine: LearnerEngine, leader: Leader | None) -> int:
-    engine.save(leader.staging() if leader else Path())  # collective; only rank 0 writes
-    if leader:
+def _checkpoint(engine: LearnerEngine, leader: Leader) -> None:
+    folder = leader.staging()
+    _tell(engine, "checkpoint")
+    try:
+        engine.save(folder)
         leader.save()
-    return engine.num_updates
+    except OSError:
+        leader.check_fence()  # a newer learner clears the folder: then that is what happened
+        raise
 
 
 # ---- start and end
 
 
-def _choose_start(run_file: RunFile, identity: Identity, start: Start) -> tuple[Path, checkpoint.Meta] | None:
-    found = checkpoint.load_newest(run_file.checkpoint_folder, identity)
-    if start == "resume" and found is None:
+def _check_start(run_file: RunFile, start: Start) -> None:
+    """Raises ConfigError when a checkpoint is there, or is not, against what the command line says."""
+    found = checkpoint.found(run_file.checkpoint_folder)
+    if start == "resume" and not found:
         raise ConfigError(
             f"--resume: {run_file.checkpoint_folder} holds no checkpoint. Leave --resume out to start at the beginning."
         )
-    if start == "fresh" and found is not None:
+    if start == "fresh" and found:
         raise ConfigError(
-            f"--fresh: {run_file.checkpoint_folder} holds {found[0].name} of this run. Set run.folder to a new folder, "
-            "or leave --fresh out to resume."
+            f"--fresh: {run_file.checkpoint_folder} holds {found[-1].name} of this run. Set run.folder to a new "
+            "folder, or leave --fresh out to resume."
         )
-    return found
 
 
-def _stop_on_signals(leader: Leader) -> None:
+def _stop_on_signals() -> threading.Event:
+    """Set by the first SIGTERM or SIGINT, or by the end of stdin where `launch` asks for that."""
+    stopping = threading.Event()
+
     def stop(_number: int = 0, _frame: FrameType | None = None) -> None:
-        leader.stopping = True
+        stopping.set()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # the second one ends us at once
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     if os.environ.get(STOP_WITH_STDIN):
-        threading.Thread(target=_stop_at_end_of_stdin, args=(leader,), name="stdin", daemon=True).start()
+        threading.Thread(target=_stop_at_end_of_stdin, args=(stopping,), name="stdin", daemon=True).start()
+    return stopping
 
 
-def _stop_at_end_of_stdin(leader: Leader) -> None:
+def _stop_at_end_of_stdin(stopping: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 1024):
         pass
-    leader.stopping = True
+    stopping.set()
 
 
-def _ignore_signals() -> None:
-    """Other ranks end when rank 0 says so."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_signals_to_rank_0() -> None:
+    """Other ranks end when rank 0 says so. `launch` sends them a signal only when rank 0 is dead."""
+    if not os.environ.get(STOP_WITH_STDIN):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def launch(arguments: Sequence[str], num_ranks: int) -> int:
@@ -224,7 +267,7 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.isdigit()]
     devices = [int(d) for d in visible[:num_ranks]] if len(visible) >= num_ranks else list(range(num_ranks))
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
-    where = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
+    where = [f"--world_info={world}", "--master_addr=127.0.0.1"]
     command = [
         sys.executable,
         "-m",
@@ -235,9 +278,20 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
         "matpo_learner",
         *arguments,
     ]
-    launcher = subprocess.Popen(
-        command, stdin=subprocess.PIPE, start_new_session=True, env={**os.environ, STOP_WITH_STDIN: "1"}
-    )
+    with tempfile.TemporaryDirectory(prefix="matpo-learner-") as folder:
+        # The ranks meet in a file and talk over loopback: nothing of them can be reached from another machine.
+        alone = {
+            RENDEZVOUS_FILE: str(Path(folder) / "ranks"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            STOP_WITH_STDIN: "1",
+        }
+        return _wait_for(
+            subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env={**os.environ, **alone})
+        )
+
+
+def _wait_for(launcher: subprocess.Popen[bytes]) -> int:
     assert launcher.stdin is not None
     pipe = launcher.stdin
 
@@ -250,9 +304,3 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
         return launcher.wait()
     finally:
         pipe.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

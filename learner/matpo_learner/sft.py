@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from matpo import logs, schema, snapshot
 from matpo.episode import Episode
-from matpo.errors import ConfigError
+from matpo.errors import ConfigError, MatpoError
 from matpo.settings import RunFile
 from matpo_learner.deepspeed_engine import LearnerEngine
 from matpo_learner.leader import vocab_size
@@ -45,7 +45,7 @@ class SftOptions:
 def run(run_file: RunFile, options: SftOptions) -> None:
     """Train model.path on recorded episodes and write the result. One call per rank.
 
-    Raises ConfigError (no episodes, `out` exists), EpisodeError (a damaged file).
+    Raises ConfigError (no episodes, `out` exists), EpisodeError (a damaged file), MatpoError (not_finite).
     """
     if options.out.exists():
         raise ConfigError(f"--out {options.out} exists already. Name a new folder.")
@@ -62,6 +62,12 @@ def run(run_file: RunFile, options: SftOptions) -> None:
         for step, batch in enumerate(batches(segments, options, seed=run_file.run.seed), start=1):
             plan = pack_sft(batch, settings, rank=engine.rank, world_size=engine.world_size)
             report = engine.step([plan], loss="sft")
+            if report.skipped:
+                raise MatpoError(
+                    f"step {step}: {report.skipped[0]}. Nothing was written; use a lower --lr than "
+                    f"{options.learning_rate:g}.",
+                    reason="not_finite",
+                )
             num_tokens += report.num_tokens
             loss_sum, num_logged = loss_sum + report.loss, num_logged + 1
             took_s = time.monotonic() - began_s

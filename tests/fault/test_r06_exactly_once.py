@@ -6,10 +6,14 @@ the newest checkpoint covers is compared with the broker's ledger, and at the en
 stored stands in trained.jsonl once. That is the learner's own word; the weights are the proof. They and AdamW's moments
 are equal, bit for bit, to those of a run of the same episodes that nobody killed, and so are each update's figures.
 
-What makes a run repeatable: CPU, one thread, one rank; an episode's bytes follow from its group and member alone, and
-all its tokens are stamped with version 0, which is update 0 in every lineage (later numbers jump when a learner
-resumes); one actor plays one member at a time in the order of the orders, so groups become whole, and are delivered, in
-that order; no batch is ordered ahead; max_deliveries=0, so no group is set aside for the learners that died with it.
+Some lives are told to stop (SIGTERM) at a random moment of an update instead: they finish it, write a checkpoint of
+everything up to it, and end with 0 within a bound that is stated.
+
+What makes a run repeatable: learner.deterministic, CPU, one rank; an episode's bytes follow from its group and member
+alone, and all its tokens are stamped with version 0, which is update 0 in every lineage (later numbers jump when a
+learner resumes); one actor plays one member at a time in the order of the orders, so groups become whole, and are
+delivered, in that order; no batch is ordered ahead; max_deliveries=0, so no group is set aside for the learners that
+died with it.
 
 A second run gives up the order, and so the comparison of weights: a batch is ordered ahead, members are played in
 random order, and those of every fourth group late, so that checkpoints cover groups beyond one that is still to come.
@@ -21,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import statistics
 import threading
 import time
@@ -50,10 +55,12 @@ from matpo_learner import checkpoint
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600 if SOAK else 240)]
 
-KILLS = 60 if SOAK else 18  # of the run that is repeated
-SHUFFLED_KILLS = 60 if SOAK else 6
+KILLS = 300 if SOAK else 42  # of the run that is repeated
+SHUFFLED_KILLS = 60 if SOAK else 10
+STOPS = 30 if SOAK else 3
+STOP_S = 10.0  # one update, one snapshot and one checkpoint of this model take 0.1 s; a busy machine is slower
 LATE_S = 0.2  # how long the members of a late group wait for others to overtake them
-UPDATES_PER_KILL = 8  # more than one life can do
+UPDATES_PER_KILL = 6  # more than a life does on average; one does 8 at most
 GROUPS_PER_UPDATE = 2
 GROUP_SIZE = 2
 INSTANTS = ("start", "step", "publish", "published", "checkpoint", "committed")
@@ -110,7 +117,7 @@ class Run:
     def __init__(self, place: Place, kills: int, *, shuffle: random.Random | None = None) -> None:
         self.place = place
         self.kills = kills
-        self.num_updates = UPDATES_PER_KILL * kills + 8
+        self.num_updates = UPDATES_PER_KILL * (kills + STOPS) + 8
         self.shuffle = shuffle
         (place.folder / "toy.py").write_text(PLUGIN)
         ports = {"actor_port": place.ports[0], "learner_port": place.ports[1]}
@@ -128,7 +135,7 @@ class Run:
                 "drop_lag_versions": 10**6,
                 "learning_rate": 1e-3,
                 "checkpoint_every": 2 if shuffle is None else 1,
-                "num_threads": 1,
+                "deterministic": True,
                 "device": "cpu",
             },
         )
@@ -258,6 +265,7 @@ class Killer:
     chance: random.Random
     counts: Counter[str] = field(default_factory=Counter)
     tries: Counter[str] = field(default_factory=Counter)
+    slowest_stop_s: float = 0.0
 
     def _part(self, instant: str) -> float:
         """How far into the instant's span to kill: at random, and evenly over the kills of one kind."""
@@ -288,6 +296,19 @@ class Killer:
         self.counts["kills"] += 1
         for name, place in cut.items():
             self.counts[name] += bool(things_in(*place) - known[name])
+
+    def stop(self, life: Life) -> None:
+        """SIGTERM somewhere in an update: it has to end in order, soon, with everything covered."""
+        self._let_it_work(life)
+        time.sleep((self.seconds.step + self.seconds.publish) * self.chance.random())
+        life.send_signal(signal.SIGTERM)
+        began_s = time.monotonic()
+        assert life.wait(STOP_S) == 0, life.said()
+        self.counts["stops"] += 1
+        self.slowest_stop_s = max(self.slowest_stop_s, time.monotonic() - began_s)
+        found = checkpoint.load_newest(self.run.settings.checkpoint_folder, claim(self.run.settings))
+        assert found is not None
+        assert found[1].log_bytes["trained"] == (self.run.folder / "metrics" / "trained.jsonl").stat().st_size
 
     def _let_it_work(self, life: Life) -> None:
         """Until it trains: its first snapshot is there, and up to two updates are written down."""
@@ -325,19 +346,25 @@ def what_is_wrong(run: Run, counts: Counter[str]) -> list[str]:
     return wrong
 
 
-def kill_it_again_and_again(run: Run, server: ForkServer, seconds: Seconds, chance: random.Random) -> Counter[str]:
-    """As many lives that are killed as the run says, and one that is not. Returns what the kills left behind."""
+def kill_it_again_and_again(run: Run, server: ForkServer, seconds: Seconds, chance: random.Random) -> Killer:
+    """As many lives that are killed as the run says, some that are stopped, and one that ends by itself.
+
+    Returns what they left behind."""
     killer = Killer(run, seconds, chance)
-    instants = [INSTANTS[number % len(INSTANTS)] for number in range(run.kills)]
+    instants = [INSTANTS[number % len(INSTANTS)] for number in range(run.kills)] + ["stop"] * STOPS
     chance.shuffle(instants)
     with run.playing():
         for instant in instants:
-            killer.kill(run.start(server), instant)
+            life = run.start(server)
+            if instant == "stop":
+                killer.stop(life)
+            else:
+                killer.kill(life, instant)
             wrong = what_is_wrong(run, killer.counts)
             assert wrong == [], f"after a kill in {instant}: {wrong}"
         last = run.start(server)
         assert last.wait(120) == 0, last.said()
-    return killer.counts
+    return killer
 
 
 # ---- the judge
@@ -357,7 +384,7 @@ def contributions(run: Run) -> Counter[str]:
 
 def final_tensors(run: Run) -> dict[str, torch.Tensor]:
     """Weights, moments and the random state of the last checkpoint, and the weights of the newest snapshot."""
-    saved = load_file(run.settings.checkpoint_folder / f"c{run.num_updates:06d}" / "state.safetensors")
+    saved = load_file(checkpoint.found(run.settings.checkpoint_folder)[-1] / "state.safetensors")
     newest = newest_published(run.settings.snapshot_folder)
     assert newest is not None
     assert newest.update == run.num_updates
@@ -413,19 +440,21 @@ def test_each_episode_moves_the_weights_once_however_often_the_learner_is_killed
     began_s = time.monotonic()
     unfaulted, faulted = Run(make_place(), KILLS), Run(make_place(), KILLS)
     seconds = run_to_the_end(unfaulted, server)
-    counts = kill_it_again_and_again(faulted, server, seconds, random.Random(seed))
+    killer = kill_it_again_and_again(faulted, server, seconds, random.Random(seed))
+    counts = killer.counts
     count, ours, theirs = Count.of(faulted), final_tensors(faulted), final_tensors(unfaulted)
     different = [name for name in theirs if name not in ours or bits(ours[name]) != bits(theirs[name])]
     report(
         "R6", **counts, updates=faulted.num_updates, **vars(count), tensors=len(theirs),
-        tensors_different=len(different), seconds=time.monotonic() - began_s, seed=seed,
+        tensors_different=len(different), slowest_stop_s=killer.slowest_stop_s,
+        seconds=time.monotonic() - began_s, seed=seed,
     )  # fmt: skip
     assert (count.twice, count.lost, count.invented) == (0, 0, 0)
     assert faulted.payloads == unfaulted.payloads  # else the comparison says nothing
     assert ours.keys() == theirs.keys()
     assert different == []
     assert figures(faulted) == figures(unfaulted)
-    assert counts["kills"] >= 12
+    assert (counts["kills"], counts["stops"]) == (KILLS, STOPS)
     assert min(counts["in_publish"], counts["in_checkpoint"]) > 0
 
 
@@ -434,7 +463,7 @@ def test_each_episode_counts_once_when_groups_come_out_of_order_and_the_learner_
 ) -> None:
     began_s = time.monotonic()
     run = Run(make_place(), SHUFFLED_KILLS, shuffle=random.Random(seed))
-    counts = kill_it_again_and_again(run, server, Seconds(), random.Random(seed))
+    counts = kill_it_again_and_again(run, server, Seconds(), random.Random(seed)).counts
     count = Count.of(run)
     report(
         "R6 out of order", **counts, updates=run.num_updates, **vars(count),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matpo import schema, snapshot, wire
 from matpo.episode import Episode, Segment, Task
 from matpo.link import Link
 from matpo.settings import RunFile, load_run_file
-from matpo.testing import tiny_model, write_run_file
+from matpo.testing import free_port, tiny_model, write_run_file
+from matpo_broker.tables import accounting
+from matpo_learner import checkpoint
+from matpo_ops.summary import account
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
@@ -61,8 +66,13 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def started(module: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+def started(
+    module: str, *arguments: str, log: Path | None = None, run: str = "", **env: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command. `log` gets what it says; `run` is Python that is executed in its place."""
+    command = [sys.executable, *(("-c", run) if run else ("-m", module)), *arguments]
+    with log.open("wb") if log else nullcontext() as file:
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stderr=file)
     try:
         yield process
     finally:
@@ -196,7 +206,7 @@ async def test_a_learner_that_is_killed_and_started_again_trains_each_group_once
             with started("matpo_learner", str(path), "--resume") as learner:
                 assert await ended(learner) == 0
     check_whole_run(run_file)
-    assert sorted(p.name for p in run_file.checkpoint_folder.iterdir()) == ["c000004", "c000005"]
+    assert [p.name[:7] for p in checkpoint.found(run_file.checkpoint_folder)] == ["c000004", "c000005"]
 
 
 async def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(path: Path) -> None:
@@ -306,6 +316,221 @@ async def test_two_ranks_make_the_same_run_and_stop_in_order(path: Path) -> None
     check_whole_run(run_file)
 
 
+def listens_on(process: subprocess.Popen[bytes]) -> set[str]:
+    """Addresses, as /proc/net/tcp writes them, on which a process and its descendants listen."""
+    pids, sockets = {process.pid}, set()
+    for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) in pids:
+                pids.add(int(stat.parent.name))
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):
+                sockets.add(str(descriptor.readlink()))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                found.add(local.partition(":")[0])
+    return found
+
+
+async def test_ranks_of_one_machine_listen_on_loopback_only(path: Path) -> None:
+    run_file = load_run_file(path)
+    heard: set[str] = set()
+    ranks = ("--set", "learner.num_ranks=2")
+    with started("matpo_broker", str(path)), started("matpo_learner", str(path), *ranks) as learner:
+        async with playing(run_file):
+            while learner.poll() is None:
+                heard |= await asyncio.to_thread(listens_on, learner)
+        assert await ended(learner) == 0
+    assert heard == {"0100007F"}  # 127.0.0.1: gloo's
+
+
+async def test_ranks_that_somebody_else_starts_meet_and_wait_for_a_broker_longer_than_a_collective_may_take(
+    path: Path,
+) -> None:
+    run_file = load_run_file(path)
+    impatient = (
+        "import matpo_learner.deepspeed_ranks as ranks, matpo_learner.process as process;"
+        "ranks.COLLECTIVE_TIMEOUT_S, process.KEEP_ALIVE_S = 6.0, 1.0;"
+        "from matpo_learner.__main__ import main; main()"
+    )
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [path.with_name(f"rank{rank}.log") for rank in (0, 1)]
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                started("", str(path), log=logs[rank], run=impatient, RANK=str(rank), LOCAL_RANK=str(rank), **meet)
+            )
+            for rank in (0, 1)
+        ]
+        await until(lambda: "broker.unreachable" in logs[0].read_text())
+        await asyncio.sleep(9)  # longer than the time-out: rank 1 waits in a collective
+        assert [rank.poll() for rank in ranks] == [None, None], [log.read_text() for log in logs]
+        with started("matpo_broker", str(path)):
+            async with playing(run_file):
+                assert [await ended(rank) for rank in ranks] == [0, 0], [log.read_text() for log in logs]
+    check_whole_run(run_file)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+async def test_a_learner_that_waits_for_its_broker_stops_when_told_to(path: Path, num_ranks: int) -> None:
+    log = path.with_name("learner.log")
+    with started("matpo_learner", str(path), "--set", f"learner.num_ranks={num_ranks}", log=log) as learner:
+        await until(lambda: "broker.unreachable" in log.read_text())
+        learner.send_signal(signal.SIGTERM)
+        assert await ended(learner, 30) == 0, log.read_text()
+    assert not load_run_file(path).checkpoint_folder.exists()
+
+
+async def test_batches_that_are_not_finite_are_dropped_saved_and_counted_and_too_many_end_the_run(path: Path) -> None:
+    """At a rate of 1e30 the first update makes weights that overflow in every forward pass after it."""
+    run_file, log = load_run_file(path), path.with_name("learner.log")
+    hot = ("--set", "learner.learning_rate=1e30", "--set")
+    with started("matpo_broker", str(path)):
+        async with playing(run_file):
+            with started("matpo_learner", str(path), *hot, "learner.max_bad_updates=1000", log=log) as learner:
+                bad = lambda: [row for row in lines(run_file, "trained") if row["fate"] == "not_finite"]  # noqa: E731
+                await until(lambda: len(bad()) >= 8 or learner.poll() is not None)
+                learner.send_signal(signal.SIGTERM)
+                assert await ended(learner) == 0, log.read_text()
+            found = checkpoint.found(run_file.checkpoint_folder)[-1]
+            assert checkpoint.verify(found).update == 1  # with all that was dropped
+            dropped = len(bad())
+            assert all("loss is nan" in row["reason"] or "gradient" in row["reason"] for row in bad())
+            with started("matpo_learner", str(path), *hot, "learner.max_bad_updates=3", log=log) as learner:
+                assert await ended(learner) == 1
+    assert "3 updates in a row were not finite" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert len(bad()) == dropped + 3 * 2
+    assert [row["update"] for row in lines(run_file, "learner")] == [1]
+    assert {row["update"] for row in bad()} == {2}
+    batches = sorted((run_file.run.folder / "bad_batches").iterdir())
+    assert len(batches) == 8
+    for batch in batches:
+        what = json.loads((batch / "what.json").read_text())
+        episodes = list(schema.read_episodes(batch / "episodes"))
+        assert [f"{group}.{member}.0" for group in what["groups"] for member in (0, 1)] == [e.id for e in episodes]
+    whole = account(run_file.run.folder, max_open=run_file.learner.max_open_groups)
+    assert (whole.episodes_lost, whole.episodes_twice, whole.episodes_invented) == (0, 0, 0)
+    assert whole.groups_dropped == len(bad())
+    assert whole.episodes_dropped == 2 * len(bad())
+
+
+async def test_a_segment_longer_than_the_model_s_context_is_a_counted_drop(path: Path) -> None:
+    def change(episode: Episode, payload: bytes) -> bytes:
+        if episode.group != "g-00000001":
+            return payload
+        long = replace(episode.segments[0], **{
+            name: np.resize(getattr(episode.segments[0], name), 4097)
+            for name in ("token_ids", "sampled", "logprobs", "versions")
+        })  # fmt: skip
+        return schema.encode(replace(episode, segments=(long, *episode.segments[1:])))
+
+    run_file = load_run_file(path)
+    with started("matpo_broker", str(path)):
+        async with playing(run_file, change):
+            with started("matpo_learner", str(path), "--set", "learner.num_updates=2") as learner:
+                assert await ended(learner) == 0
+    fates = {row["index"]: (row["fate"], row["reason"]) for row in lines(run_file, "trained")}
+    assert fates[1] == ("invalid", "context")
+    assert len(lines(run_file, "learner")) == 2
+
+
+async def test_a_checkpoint_comes_by_time_when_no_group_has_signal(path: Path) -> None:
+    def change(episode: Episode, _: bytes) -> bytes:
+        return schema.encode(replace(episode, reward=1.0))
+
+    run_file = load_run_file(path)
+    with started("matpo_broker", str(path)):
+        async with playing(run_file, change):
+            with started("matpo_learner", str(path), "--set", "learner.checkpoint_interval_s=0.2") as learner:
+                seen: set[str] = set()
+
+                def several() -> bool:
+                    seen.update(found.name for found in checkpoint.found(run_file.checkpoint_folder))
+                    return len(seen) >= 4 or learner.poll() is not None
+
+                await until(several)
+                learner.send_signal(signal.SIGTERM)
+                assert await ended(learner) == 0
+    found = checkpoint.found(run_file.checkpoint_folder)
+    assert len(found) == run_file.learner.keep_checkpoints
+    last = checkpoint.verify(found[-1])
+    assert (last.update, last.book().num_consumed) == (0, len(lines(run_file, "trained")))
+    ledger = accounting(run_file.journal_folder)
+    assert len(ledger.committed) == last.book().num_consumed  # the broker heard of it, and may forget them
+
+
+async def test_a_learner_that_comes_back_when_another_has_taken_over_writes_nothing_and_says_why(path: Path) -> None:
+    """It is stopped (SIGSTOP) in the middle of its work, as a machine that hangs; a second one takes the run over."""
+    run_file, log = load_run_file(path), path.with_name("older.log")
+    folder, many = run_file.run.folder, ("--set", "learner.num_updates=1000000")
+    epochs = lambda: [snapshot.read_manifest(run_file.snapshot_folder, v).epoch for v in published()]  # noqa: E731
+    published = lambda: snapshot.versions(run_file.snapshot_folder)  # noqa: E731
+    with started("matpo_broker", str(path)):
+        async with playing(run_file):
+            with started("matpo_learner", str(path), *many, log=log) as older:
+                await until(lambda: len(checkpoint.found(run_file.checkpoint_folder)) >= 2)
+                stop_outside_of_writes(older, folder / "learner.epoch")
+                with started("matpo_learner", str(path), *many) as newer:
+                    await until(lambda: epochs()[-1] == 2 and len(lines(run_file, "learner")) >= 4)
+                    older.send_signal(signal.SIGCONT)
+                    assert await ended(older, 30) == 5, log.read_text()
+                    now = len(lines(run_file, "learner"))
+                    await until(lambda: len(lines(run_file, "learner")) >= now + 4 or newer.poll() is not None)
+                    newer.send_signal(signal.SIGTERM)
+                    assert await ended(newer) == 0
+    assert "learner epoch 1 is over" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert epochs() == sorted(epochs())
+    assert {checkpoint.verify(found).epoch for found in checkpoint.found(run_file.checkpoint_folder)} == {2}
+    updates, consumed = lines(run_file, "learner"), lines(run_file, "trained")
+    assert [row["update"] for row in updates] == list(range(1, len(updates) + 1))
+    assert max(Counter(row["group"] for row in consumed).values()) == 1
+    whole = account(folder, max_open=run_file.learner.max_open_groups)
+    assert (whole.episodes_lost, whole.episodes_twice, whole.episodes_invented) == (0, 0, 0)
+
+
+def stop_outside_of_writes(process: subprocess.Popen[bytes], lock: Path) -> None:
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                process.send_signal(signal.SIGCONT)
+
+
+async def test_a_run_with_adapters_publishes_whole_models_resumes_and_is_no_full_run(path: Path) -> None:
+    run_file, log = load_run_file(path), path.with_name("full.log")
+    adapters = ("--set", "learner.lora.rank=4", "--set", "learner.learning_rate=0.01")
+    with started("matpo_broker", str(path)):
+        async with playing(run_file):
+            with started("matpo_learner", str(path), *adapters) as learner:
+                await until(lambda: len(lines(run_file, "learner")) >= 3 or learner.poll() is not None)
+                learner.kill()
+                await ended(learner)
+            with started("matpo_learner", str(path), log=log) as learner:
+                assert await ended(learner) == 4
+            with started("matpo_learner", str(path), *adapters, "--resume") as learner:
+                assert await ended(learner) == 0
+    assert "run that trains adapters of rank 4" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    check_whole_run(run_file)
+    base = load_file(run_file.model_folder / "model.safetensors")
+    served = snapshot.load_tensors(run_file.snapshot_folder, lines(run_file, "learner")[-1]["version"])
+    moved = {name for name, tensor in served.items() if name in base and not torch.equal(tensor, base[name])}
+    assert served.keys() == {*base, snapshot.LM_HEAD}
+    assert moved == {name for name in base if "_proj." in name}
+    state = checkpoint.found(run_file.checkpoint_folder)[-1] / "state.safetensors"
+    trained = 3 * 4 * 4 * sum(sum(base[name].shape) for name in moved)  # master and moments, rank 4, float32
+    assert trained < state.stat().st_size < trained + 20_000  # names, random state
+
+
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     task = wire.OrderedTask(id="t", environment="toy", question="?")
@@ -326,6 +551,14 @@ def test_a_warm_start_learns_recorded_episodes_and_writes_a_model(path: Path, re
     logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
     assert logprobs[5:].mean() > -1  # -5.6 before
     assert len(AutoTokenizer.from_pretrained(out)) > 0
+
+
+def test_a_warm_start_that_is_not_finite_ends_and_writes_nothing(path: Path, recorded: Path, tmp_path: Path) -> None:
+    options = ("--mode", "sft", "--episodes", str(recorded), "--out", str(tmp_path / "warm"), "--lr", "1e30")
+    with started("matpo_learner", str(path), *options, log=tmp_path / "log") as learner:
+        assert learner.wait(120) == 1
+    assert "use a lower --lr" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "warm").exists()
 
 
 @pytest.mark.parametrize(
