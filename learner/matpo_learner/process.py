@@ -108,7 +108,7 @@ def _lead(
             groups = [(d.id, list(d.payloads)) for d in deliveries]
             _tell(engine, "train", version=leader.version, groups=groups)
         batch = Batch(version=leader.version, groups=[d.group for d in deliveries if d.group])
-        report = _update(engine, batch, run_file, watch)
+        report = update(engine, batch, run_file, watch)
         if report.num_steps:  # the weights moved
             with watch.phase("publish"):
                 _publish(engine, leader)
@@ -136,7 +136,7 @@ def _follow(engine: LearnerEngine, run_file: RunFile) -> None:
             case "checkpoint":
                 engine.save(Path())  # rank 0 writes
             case "train":
-                _update(engine, _unpack_batch(message), run_file, Stopwatch(None))
+                update(engine, _unpack_batch(message), run_file, Stopwatch(None))
 
 
 def _tell(engine: LearnerEngine, what: str, **fields: Any) -> None:
@@ -179,7 +179,7 @@ def _unpack_batch(message: dict[str, Any]) -> Batch:
     return Batch(version=message["version"], groups=groups)
 
 
-def _update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwatch) -> StepReport:
+def update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwatch) -> StepReport:
     """One update of the weights."""
     with watch.phase("credit"):
         groups, advantages = credit.assign(batch.groups, run_file.learner)

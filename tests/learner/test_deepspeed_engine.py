@@ -61,6 +61,7 @@ SETUPS = {
     "bfloat16, stage 3": {"dtype": "bfloat16", "learning_rate": 1e-2, "zero_stage": 3},
     "adapters": {"lora": {"rank": 2}},
     "adapters, stage 3": {"lora": {"rank": 2}, "zero_stage": 3},
+    "adapters, bfloat16": {"lora": {"rank": 2}, "dtype": "bfloat16", "learning_rate": 1e-2},
 }
 
 
