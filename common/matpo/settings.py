@@ -333,7 +333,7 @@ class LearnerSettings(Section):
     keep_snapshots: Count = 4
     """Older ones are deleted after a grace period."""
     group_timeout_s: Positive = 600.0
-    """Without a group for this long the watchdog says who is waited for."""
+    """The watchdog says who is waited for after 10 s, 20 s, 40 s, ...; from this long on as a warning."""
 
     @model_validator(mode="after")
     def _check(self) -> LearnerSettings:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ from matpo.security import client_keys
 from matpo.settings import RunFile
 from matpo_learner import checkpoint, credit, records
 from matpo_learner.deepspeed_engine import StepReport
+from matpo_learner.hint import VERDICTS, WINDOW_UPDATES, hint
 from matpo_learner.inbox import Delivery, Inbox
 from matpo_learner.orders import Book, OrderStream
 from matpo_learner.publisher import Publisher
+from matpo_learner.waits import Ask, Reason, Waits
 
 TAKE_S = 0.5
+COMES_S = 10.0  # groups that come at least so often are not what is waited for
 log = logs.get()
 
 
@@ -81,10 +85,11 @@ class Leader:
             group_size=self._settings.group_size,
             vocab_size=vocab_size(run_file.model_folder),
             prefetch=self._settings.groups_per_update,
-            group_timeout_s=self._settings.group_timeout_s,
             keys=client_keys(run_file, "learner"),
         )
-        welcome = self._inbox.start()
+        self.waits = Waits(self._reasons(), self.metrics, warn_after_s=self._settings.group_timeout_s)
+        with self.waits.on("start"):
+            welcome = self._inbox.start()
         known = max(welcome.snapshot_version, resumed.version if resumed else -1)
         self._publisher = Publisher(run_file, epoch=self._inbox.epoch, update=self.update, known_version=known)
         covered = resumed.log_bytes if resumed else {}
@@ -96,6 +101,33 @@ class Leader:
         self._chosen: list[Chosen] = []
         self._zero_signal: list[Group] = []
         self._dropped = 0
+        self._num_chosen, self._came_s = 0, time.monotonic()  # of the batch that is being collected; its newest group
+        self._batch_ready = False
+        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW_UPDATES)
+        self._hinted = ""
+
+    def _reasons(self) -> Mapping[str, Ask]:
+        """Who is waited for in each phase of an update (matpo_learner.records.Stopwatch)."""
+        folder = self._run_file.run.folder
+        reasons: dict[str, Ask] = {
+            "start": self._inbox.waits_for,
+            "wait": self._waits_for,
+            "publish": lambda: Reason(who="disk", why=f"weights are being written to {folder}"),
+            "checkpoint": lambda: Reason(who="disk", why=f"a checkpoint is being written to {folder}"),
+        }
+        if self._settings.num_ranks > 1:
+            why = f"the {self._settings.num_ranks} ranks train together: the slowest, or one that died. See their logs."
+            reasons["forward_backward"] = lambda: Reason(who="ranks", why=why)
+        return reasons
+
+    def _waits_for(self) -> Reason:
+        """Why the next batch is not there."""
+        wanted, without = self._settings.groups_per_update, len(self._zero_signal)
+        found = self._inbox.waits_for()
+        if without + self._dropped >= wanted and time.monotonic() - self._came_s < COMES_S:
+            why = f"they come, but {without} had equal rewards and {self._dropped} were dropped since the last update"
+            found = Reason(who="signal", why=f"groups with a signal: {why}")
+        return replace(found, why=f"{self._num_chosen} of {wanted} groups are here. {found.why}")
 
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], *, update: int) -> None:
         """Write the weights of `update` as the next version and tell of it."""
@@ -119,6 +151,7 @@ class Leader:
         `idle` is called at least about once in TAKE_S.
         """
         chosen: list[Chosen] = []
+        self._batch_ready = self._inbox.num_waiting >= self._settings.groups_per_update
         while len(chosen) < self._settings.groups_per_update:
             left = self._settings.num_updates - self.update
             self._inbox.place(self.book.place(self._settings, updates_left=left))
@@ -126,8 +159,11 @@ class Leader:
             if self.stopping:
                 return None
             idle()
-            if delivery is not None and (found := self._judge(delivery)):
-                chosen.append(found)
+            if delivery is not None:
+                self._came_s = time.monotonic()
+                if found := self._judge(delivery):
+                    chosen.append(found)
+            self._num_chosen = len(chosen)
         self._chosen = chosen
         return [one.delivery for one in chosen]
 
@@ -144,8 +180,10 @@ class Leader:
             "time_s": round(time.time(), 3),
             **records.summarise([one.group for one in chosen], self._zero_signal, lags, report),
             "groups_dropped": self._dropped,
+            "batch_ready": self._batch_ready,
             "seconds": seconds,
         }
+        row |= self._hint(row)
         self._zero_signal, self._dropped = [], 0
         self._logs["learner"].write(**row)
         records.export(self.metrics, row, lags, self._run_file.environment.name, report)
@@ -157,6 +195,18 @@ class Leader:
             **{name: round(row[name], 4) for name in shown},
             seconds=seconds,
         )
+
+    def _hint(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What would make the run faster, for this line of learner.jsonl; logged now and then, and when it changes."""
+        self._recent.append(row)
+        found = hint(list(self._recent))
+        self.metrics.set("wait_ratio", found.wait_fraction)
+        for verdict in VERDICTS:
+            self.metrics.set("hint", verdict == found.verdict, verdict=verdict)
+        if found.verdict != self._hinted or self.update % WINDOW_UPDATES == 0:
+            log.info("learner.hint", verdict=found.verdict, why=found.sentence, num_updates=found.num_updates)
+        self._hinted = found.verdict
+        return {"wait_fraction": round(found.wait_fraction, 4), "hint": found.verdict}
 
     def staging(self) -> Path:
         """An empty folder for the engine's part of a checkpoint."""
@@ -188,6 +238,7 @@ class Leader:
     def close(self) -> None:
         """Send what is still to be sent, and let go."""
         self._inbox.stop()
+        self.waits.close()
         for file in self._logs.values():
             file.close()
 

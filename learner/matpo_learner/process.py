@@ -37,6 +37,7 @@ from matpo_learner.deepspeed_engine import LearnerEngine, StepReport
 from matpo_learner.leader import Leader
 from matpo_learner.packing import pack_update
 from matpo_learner.records import Stopwatch
+from matpo_learner.waits import Reason, Waits
 
 Start = Literal["auto", "resume", "fresh"]
 KEEP_ALIVE_S = 60.0
@@ -57,18 +58,27 @@ def train(run_file: RunFile, start: Start = "auto") -> None:
     with closing(engine):
         if engine.rank:
             _ignore_signals()
-            _loop(run_file, engine, None, saved)
+            with closing(_waits_of_others(run_file)) as waits:
+                _loop(run_file, engine, None, saved, waits)
             return
         with closing(Leader(run_file, identity, resumed[1] if resumed else None)) as leader:
             _stop_on_signals(leader)
-            _loop(run_file, engine, leader, saved)
+            _loop(run_file, engine, leader, saved, leader.waits)
             leader.say_goodbye()
 
 
-def _loop(run_file: RunFile, engine: LearnerEngine, leader: Leader | None, saved: int | None) -> None:
+def _waits_of_others(run_file: RunFile) -> Waits:
+    """What a rank other than 0 waits for."""
+    rank_0 = Reason(who="rank_0", why="rank 0 has no batch for us yet: its own log says who it waits for")
+    ranks = Reason(who="ranks", why="the ranks train together: the slowest, or one that died. See their logs.")
+    reasons = {"wait": lambda: rank_0, "forward_backward": lambda: ranks}
+    return Waits(reasons, None, warn_after_s=run_file.learner.group_timeout_s)
+
+
+def _loop(run_file: RunFile, engine: LearnerEngine, leader: Leader | None, saved: int | None, waits: Waits) -> None:
     """Groups -> update -> snapshot -> checkpoint. `saved` is the update of the checkpoint that we come from."""
     settings = run_file.learner
-    watch = Stopwatch(leader.metrics if leader else None)
+    watch = Stopwatch(leader.metrics if leader else None, waits)
     _publish(engine, leader)
     if leader:
         leader.open()
@@ -77,7 +87,7 @@ def _loop(run_file: RunFile, engine: LearnerEngine, leader: Leader | None, saved
             batch = _next_batch(engine, leader, run_file)
         if batch is None:
             break
-        report = _update(engine, batch, run_file, watch)
+        report = update(engine, batch, run_file, watch)
         with watch.phase("publish"):
             _publish(engine, leader)
         if leader:
@@ -142,7 +152,7 @@ def _pack(message: dict[str, Any]) -> bytes:
     return packed
 
 
-def _update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwatch) -> StepReport:
+def update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwatch) -> StepReport:
     """One update of the weights."""
     with watch.phase("credit"):
         plan = pack_update(
