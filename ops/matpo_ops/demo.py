@@ -65,7 +65,8 @@ def figures_of(run_file: RunFile, before: Evaluation, after: Evaluation, wall_s:
     return {
         "heldout_before": before.score.triple(),
         "heldout_after": after.score.triple(),
-        "train_reward_end": round(end_of(updates, "reward"), 4),
+        # Without an update there is no mean: a policy that always succeeds has no group with a signal either.
+        "train_reward_end": round(end_of(updates, "reward"), 4) if updates else None,
         "mean_lag_versions": round(sum(u["lag_mean"] for u in updates) / max(len(updates), 1), 4),
         "updates": len(updates),
         "hint": hint(updates, window=len(updates)).verdict,

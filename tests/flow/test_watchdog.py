@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +18,24 @@ from matpo.settings import load_run_file
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 
-async def test_a_learner_names_the_broker_then_the_actors_then_the_missing_signal(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = run_file_of(tmp_path)
-    run_file = load_run_file(path)
+def ear(capfd: pytest.CaptureFixture[str]) -> Callable[[str], bool]:
+    """A function that says whether a process has logged that it waits for somebody."""
     logged = ""
 
     def says(who: str) -> bool:
         nonlocal logged
         logged += "".join(capfd.readouterr())
         return any("learner.waiting" in line and f"who={who}" in line for line in logged.splitlines())
+
+    return says
+
+
+async def test_a_learner_names_the_broker_then_the_actors_then_the_missing_signal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = run_file_of(tmp_path)
+    run_file = load_run_file(path)
+    says = ear(capfd)
 
     def without_signal(episode: Episode, _: bytes) -> bytes:
         return schema.encode(replace(episode, reward=1.0))
@@ -42,6 +50,16 @@ async def test_a_learner_names_the_broker_then_the_actors_then_the_missing_signa
             learner.send_signal(signal.SIGTERM)
             assert await ended(learner) == 0
     assert all(says(who) for who in ("broker", "actors", "signal"))
+
+
+async def test_another_rank_says_that_it_waits_for_rank_0(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = run_file_of(tmp_path)
+    says = ear(capfd)
+    ranks = ("--set", "learner.num_ranks=2", "--set", "learner.zero_stage=1")
+    with started("matpo_broker", str(path)), started("matpo_learner", str(path), *ranks) as learner:
+        await until(lambda: (says("rank_0") and says("actors")) or learner.poll() is not None)
+        assert learner.poll() is None
+    assert says("rank_0")
 
 
 async def test_an_actor_that_is_slow_makes_the_learner_ask_for_actors(tmp_path: Path) -> None:
