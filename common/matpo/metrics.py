@@ -89,9 +89,20 @@ TABLE: dict[Process, dict[str, Spec]] = {
         "batch_lag_versions": Spec(Histogram, "Lag of each trained episode", buckets=LAGS),
         "importance_ratio": Spec(Histogram, "Mean ratio pi/mu of each update", buckets=RATIOS),
         "ess_ratio": Spec(Gauge, "Effective sample size / tokens", ("role", "lag")),
+        "role_tokens": Spec(Gauge, "Trained tokens of the last update", ("role", "lag")),
+        "role_log_ratio_nats": Spec(Gauge, "Mean log pi/mu", ("role", "lag")),
+        "role_kl_nats": Spec(Gauge, "k3 estimate of KL(mu || pi)", ("role", "lag")),
+        "role_truncated_ratio": Spec(Gauge, "Share of tokens whose weight hit its cap", ("role", "lag")),
+        "role_masked_ratio": Spec(Gauge, "Share of tokens left out by the loss", ("role", "lag")),
+        "role_entropy_nats": Spec(Gauge, "Mean entropy of the policy at sampled positions", ("role", "lag")),
+        "role_advantage_mean": Spec(Gauge, "Mean advantage over tokens", ("role", "lag")),
+        "role_advantage_std": Spec(Gauge, "Standard deviation of the advantage over tokens", ("role", "lag")),
+        "role_advantage_abs": Spec(Gauge, "Mean size of the advantage over tokens", ("role", "lag")),
+        "engine_gap_nats": Spec(Gauge, "|log pi - mu| at lag 0: actor's engine against the learner", ("stat",)),
         "truncated_ratio": Spec(Gauge, "Share of tokens whose weight hit its cap"),
         "masked_ratio": Spec(Gauge, "Share of tokens left out by the loss"),
         "kl_nats": Spec(Gauge, "k3 estimate of KL(mu || pi)"),
+        "reference_kl_nats": Spec(Gauge, "k3 estimate of KL(pi || reference); 0 without one"),
         "entropy_nats": Spec(Gauge, "Mean entropy of the policy at sampled positions"),
         "grad_norm": Spec(Gauge, "Gradient norm before clipping"),
         "reward": Spec(Gauge, "Mean reward of the last batch", ("environment", "component")),
@@ -127,6 +138,10 @@ class Metrics:
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
         _labelled(self._find(name, Gauge), labels).set(value)
+
+    def clear(self, name: str) -> None:
+        """Forget all series of a gauge with labels."""
+        self._find(name, Gauge).clear()
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Add an observation to a histogram."""

@@ -254,9 +254,35 @@ class ActorSettings(Section):
         return self
 
 
-Loss = Literal["tis", "ppo_clip", "decoupled_ppo"]
-Credit = Literal["matpo", "grpo"]
+Loss = Literal["tis", "ppo_clip", "decoupled_ppo", "cispo", "gspo", "reinforce"]
+Credit = Literal["matpo", "grpo", "rloo", "leader_only"]
 Denominator = Literal["episode", "token", "constant"]
+
+
+class LoraSettings(Section):
+    """[learner.lora]: train low-rank adapters instead of all weights. Leave the section out for full fine-tuning."""
+
+    rank: Count = 16
+    """Rank of each adapter."""
+    alpha: Count = 32
+    """An adapter's output is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Which linear layers get one: names such as "q_proj", or all but the LM head."""
+    dropout: float = 0.0
+    """Only 0: behaviour log-probs were recorded without dropout."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraSettings:
+        if self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout:g}: actors sample without dropout, so importance ratios would be noise. Use 0."
+            )
+        return self
+
+    def __str__(self) -> str:
+        """In words, for checkpoints and errors."""
+        modules = self.target_modules if isinstance(self.target_modules, str) else ",".join(sorted(self.target_modules))
+        return f"adapters of rank {self.rank}, alpha {self.alpha} in {modules}"
 
 
 class LearnerSettings(Section):
@@ -273,13 +299,26 @@ class LearnerSettings(Section):
     drop_lag_versions: Annotated[int, Field(ge=0)] = 8
     """Hard cap: an older group is dropped and counted when it arrives."""
     credit: Credit = "matpo"
-    """"matpo": planner and workers share the planner's advantage. "grpo": a single agent."""
+    """"matpo": planner and workers share the planner's advantage. "grpo": a single agent. "rloo": as matpo, against the
+    mean of the other members. "leader_only": as matpo, but only the root role is trained."""
     norm_std: bool = True
-    """Divide the advantage by the group's standard deviation (False: Dr. GRPO)."""
+    """Divide the advantage by the group's standard deviation (False: Dr. GRPO). "rloo" never does."""
     advantage_eps: Positive = 1e-4
     """Added to the standard deviation."""
+    task_norm: bool = False
+    """Then normalise the advantages of each environment over its trained tokens of the update."""
+    task_norm_min_episodes: Annotated[int, Field(ge=2)] = 16
+    """An environment with fewer episodes in the update is left as it is: its mean and deviation would be noise."""
+    abnormal_reward: float | None = None
+    """Trained as the reward of an episode whose root ended as in abnormal_terminations. Unset: the environment's reward
+    stands (where a final answer was asked for, that is the answer's)."""
+    abnormal_terminations: tuple[Literal["max_turns", "max_tokens", "deadline", "error"], ...] = (
+        "max_turns", "max_tokens", "deadline", "error",
+    )  # fmt: skip
+    """Which ends of the root are abnormal: out of turns, of tokens or context, of time, broken."""
     loss: Loss = "tis"
-    """"tis" (one update per batch), "ppo_clip", or "decoupled_ppo" (several minibatches)."""
+    """"tis" (one update per batch), "decoupled_ppo" (several minibatches), and for comparison "ppo_clip", "cispo",
+    "gspo" and "reinforce" (no correction at all)."""
     denominator: Denominator = "episode"
     """What the token sum is divided by; see docs/algorithm.md."""
     constant_tokens: Count = 1024
@@ -296,6 +335,22 @@ class LearnerSettings(Section):
     """tis: a token whose probability already moved this far in the advantage's direction is left out."""
     tis_beta: NonNegative = 1e-3
     """tis: weight of the (log r)^2 term."""
+    cispo_cap: Positive = 5.0
+    """cispo: cap of the importance weight, 1 + epsilon_high of the paper, which names no value."""
+    gspo_clip_low: Fraction = 3e-4
+    """gspo: lower clip of a segment's ratio. The mean of many log-ratios is close to 0, so its clips are narrow; these
+    are the paper's, for batches without lag. A difference between engine and learner above them clips most segments."""
+    gspo_clip_high: NonNegative = 4e-4
+    """gspo: upper clip of a segment's ratio."""
+    prox: Literal["recompute", "loglinear"] = "recompute"
+    """decoupled_ppo: log-probs before the update by a forward pass, or approximated between mu and pi by lag."""
+    kl_beta: NonNegative = 0.0
+    """Weight of the KL penalty (k3) against `reference`. 0: off, and no reference is loaded."""
+    reference: Path | None = None
+    """Model folder or snapshot (.../snapshots/v000123) of the frozen reference. Unset: model.path, where the run began.
+    Each rank holds a whole copy."""
+    entropy_beta: NonNegative = 0.0
+    """Weight of the entropy bonus. 0: off."""
     num_minibatches: Count = 1
     """Optimizer steps per batch, whole groups each. More than one needs loss = "decoupled_ppo"."""
     learning_rate: Positive = 1e-6
@@ -322,14 +377,26 @@ class LearnerSettings(Section):
     """Processes on this machine, started by DeepSpeed's launcher."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage."""
+    deepspeed_config: Path | None = None
+    """A DeepSpeed config file (JSON), merged over the config that we make."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Merged over the DeepSpeed config that we make."""
+    """The same as a table, merged over both: [learner.deepspeed.zero_optimization.offload_optimizer] device = "cpu"."""
+    lora: LoraSettings | None = None
+    """[learner.lora]: train adapters only."""
+    deterministic: bool = False
+    """The same episodes in the same order give the same bits: deterministic algorithms, one CPU thread by default."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     checkpoint_every: Count = 20
     """Updates between checkpoints."""
+    checkpoint_interval_s: Positive = 900.0
+    """A checkpoint is due also when this long has passed since the last one and a group was consumed: groups without
+    signal make no update, and the broker keeps what no checkpoint covers."""
     keep_checkpoints: Count = 2
     """Older ones are deleted; the broker keeps what the oldest needs."""
+    max_bad_updates: Count = 3
+    """The run ends after this many updates in a row whose loss or gradient was not finite. Each is left out, counted,
+    and its batch saved in bad_batches/."""
     keep_snapshots: Count = 4
     """Older ones are deleted after a grace period."""
     group_timeout_s: Positive = 600.0
@@ -343,6 +410,15 @@ class LearnerSettings(Section):
                 f'num_minibatches={self.num_minibatches} with loss="{self.loss}": after the first optimizer '
                 "step the policy is no longer the one the ratios were made for. "
                 'Set loss = "decoupled_ppo", or num_minibatches = 1.'
+            )
+        if self.prox != "recompute" and self.loss != "decoupled_ppo":
+            problems.append(
+                f'prox="{self.prox}" with loss="{self.loss}": only decoupled_ppo has a prox. '
+                'Set loss = "decoupled_ppo", or leave prox out.'
+            )
+        if self.reference is not None and not self.kl_beta:
+            problems.append(
+                f"reference={self.reference} with kl_beta=0 does nothing. Set kl_beta > 0, or leave reference out."
             )
         if self.num_minibatches > self.groups_per_update:
             problems.append(
@@ -439,8 +515,14 @@ class RunFile(Section):
                 f'learner.credit="grpo" is for a single agent, but roles.{delegates[0]} delegates. '
                 'Give it tools instead of roles, or set credit = "matpo".'
             )
-        if self.learner.credit == "matpo" and not any(r.trainable for r in self.roles.values()):
+        if not any(r.trainable for r in self.roles.values()):
             problems.append("no role is trainable. Set trainable = true in at least one [roles.*].")
+        root = self.roles.get(self.rollout.root)
+        if self.learner.credit == "leader_only" and root is not None and not root.trainable:
+            problems.append(
+                f'learner.credit="leader_only" trains only roles.{self.rollout.root}, which is frozen. '
+                'Set its trainable = true, or credit = "matpo".'
+            )
         _raise_all(problems)
         return self
 
@@ -501,6 +583,12 @@ def _missing_files(run_file: RunFile) -> list[str]:
         problems.append(
             f'model.path="{run_file.model.path}" holds no config.json. '
             f'Name a folder that transformers can load, or "{BUILTIN_TINY}".'
+        )
+    reference = run_file.learner.reference
+    if reference is not None and not (reference / "config.json").is_file():
+        problems.append(
+            f'learner.reference="{reference}" holds no config.json. Name a model folder, or one version of a snapshots '
+            "folder."
         )
     problems += [
         f"roles.{name}.prompt_file: {role.prompt_file} does not exist."

@@ -248,12 +248,14 @@ class Leader:
         if group is None:
             self._drop(delivery, delivery.fate, delivery.reason)
             return None
-        lag = self._publisher.lineage.lag(self.update, _oldest(group.episodes))
+        trained = credit.as_trained(group, self._settings)
+        lag = self._publisher.lineage.lag(self.update, _oldest(trained.episodes))
         if lag > self._settings.drop_lag_versions:
             self._inbox.trained([delivery.index])  # looked at without harm
             self._drop(delivery, "stale", "stale", lag=lag)
             return None
         try:
+            check_roles(group, self._run_file)
             worth = credit.advantages(group, self._settings)
         except EpisodeError as error:
             log.warning("group.invalid", group=group.id, reason=error.reason, error=str(error))
@@ -287,6 +289,22 @@ class Leader:
             reason=reason,
             episodes=[episode.id for episode in group.episodes] if group else [],
         )
+
+
+def check_roles(group: Group, run_file: RunFile) -> None:
+    """Refuse roles that the run file does not name: they would be trained, and become labels of metrics.
+
+    Raises EpisodeError(role).
+    """
+    for episode in group.episodes:
+        roles = [segment.role for segment in episode.segments]
+        unknown = sorted(set(roles) - set(run_file.roles))
+        if unknown or roles[0] != run_file.rollout.root:
+            raise EpisodeError(
+                f"episode {episode.id}: root {roles[0][:64]}, unknown roles {str(unknown)[:200]}; want root "
+                f"{run_file.rollout.root} and roles {', '.join(run_file.roles)}. Does its actor have this run file?",
+                reason="role",
+            )
 
 
 def _oldest(episodes: Iterable[Episode]) -> int:

@@ -70,11 +70,14 @@ AttentionInterface.register(ATTENTION, packed_attention)
 class _ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
     """log softmax(hidden @ weight.T) at the targets, and the entropy, a chunk of rows at a time.
 
-    d log p_y / d logits = onehot(y) - p, so the backward pass needs only the log-normaliser of each row.
+    d log p_y / d logits = onehot(y) - p and d H / d logits = -p (log p + H), so the backward pass needs only the
+    log-normaliser and the entropy of each row. The entropy has a gradient if asked for; otherwise it costs none.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         kind = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, normaliser = (hidden.new_empty(len(targets), dtype=kind) for _ in range(3))
         for rows in _chunks(len(targets), chunk_tokens):
@@ -83,24 +86,34 @@ class _ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
             logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - normaliser[rows]
             mean_logit = torch.linalg.vecdot((logits - normaliser[rows, None]).exp_(), logits)
             entropy[rows] = normaliser[rows] - mean_logit
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.save_for_backward(hidden, weight, targets, normaliser, *([entropy] if entropy_gradient else []))
         ctx.chunk_tokens = chunk_tokens
-        ctx.mark_non_differentiable(entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets, normaliser = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        hidden, weight, targets, normaliser, *entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype)
+        trained = ctx.needs_input_grad[1]  # not with adapters: the head rests
+        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if trained else None
         for rows in _chunks(len(targets), ctx.chunk_tokens):
             grad = grad_logprobs[rows, None]
-            grad_logits = (_logits(hidden[rows], weight) - normaliser[rows, None]).exp_().mul_(-grad)
+            grad_logits = _logits(hidden[rows], weight) - normaliser[rows, None]  # log p, so far
+            if entropy:
+                towards_uniform = (grad_logits + entropy[0][rows, None]).mul_(grad_entropy[rows, None]).add_(grad)
+                grad_logits.exp_().mul_(towards_uniform.neg_())
+            else:
+                grad_logits.exp_().mul_(-grad)
             grad_logits.scatter_add_(-1, targets[rows, None], grad.to(grad_logits.dtype))
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:
@@ -119,25 +132,31 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 class Head(nn.Module):  # type: ignore[misc]
     """The LM head. A module of its own, called once per row, so that ZeRO-3 gathers its weight once and in order."""
 
-    def __init__(self, weight: nn.Parameter, chunk_tokens: int) -> None:
+    def __init__(self, weight: nn.Parameter, chunk_tokens: int, *, entropy_gradient: bool = False) -> None:
         super().__init__()
         self.weight = weight
         self.chunk_tokens = chunk_tokens
+        self.entropy_gradient = entropy_gradient
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [M, H], targets [M] -> log-probs [M] and entropies [M] (the latter without gradient), in nats."""
-        logprobs, entropy = _ChunkedLogProbs.apply(hidden, self.weight, targets, self.chunk_tokens)
+        """hidden [M, H], targets [M] -> log-probs [M] and entropies [M], in nats."""
+        logprobs, entropy = _ChunkedLogProbs.apply(
+            hidden, self.weight, targets, self.chunk_tokens, self.entropy_gradient
+        )
         return logprobs, entropy
 
 
 class Scorer(nn.Module):  # type: ignore[misc]
-    """A Hugging Face causal LM that scores the sampled tokens of one packed row."""
+    """A Hugging Face causal LM that scores the sampled tokens of one packed row.
 
-    def __init__(self, model: nn.Module, *, chunk_tokens: int) -> None:
+    The entropy has a gradient only with `entropy_gradient`.
+    """
+
+    def __init__(self, model: nn.Module, *, chunk_tokens: int, entropy_gradient: bool = False) -> None:
         super().__init__()
         _check_supported(model)
         self.model = model
-        self.head = Head(model.get_output_embeddings().weight, chunk_tokens)
+        self.head = Head(model.get_output_embeddings().weight, chunk_tokens, entropy_gradient=entropy_gradient)
 
     def forward(
         self,
@@ -158,7 +177,9 @@ class Scorer(nn.Module):  # type: ignore[misc]
         return logprobs, entropy
 
 
-def load_scorer(model_folder: Path, *, chunk_tokens: int, activation_checkpointing: bool = False) -> Scorer:
+def load_scorer(
+    model_folder: Path, *, chunk_tokens: int, activation_checkpointing: bool = False, entropy_gradient: bool = False
+) -> Scorer:
     """Read a model folder in float32, on the CPU.
 
     Raises ConfigError when weights are missing, or when the architecture does something that packing cannot follow.
@@ -179,7 +200,7 @@ def load_scorer(model_folder: Path, *, chunk_tokens: int, activation_checkpointi
     model.train(activation_checkpointing)  # transformers checkpoints only in training mode
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Scorer(model, chunk_tokens=chunk_tokens)
+    return Scorer(model, chunk_tokens=chunk_tokens, entropy_gradient=entropy_gradient)
 
 
 def _remove_dropout(model: nn.Module) -> None:

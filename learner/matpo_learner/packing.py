@@ -32,7 +32,8 @@ class MicroBatch:
     """One packed row: T tokens of S segments, M sampled tokens to train. Empty: S = M = T = 0.
 
     Example, planner [5, 91, 7*, 2*] and worker [5, 44, 8*] (* sampled): token_ids [5, 91, 7, 5, 44],
-    position_ids [0, 1, 2, 0, 1], segment_lengths [3, 2], predict_from [1, 2, 4], target_ids [7, 2, 8].
+    position_ids [0, 1, 2, 0, 1], segment_lengths [3, 2], predict_from [1, 2, 4], target_ids [7, 2, 8],
+    target_segments [0, 0, 1].
     """
 
     token_ids: NDArray[np.int64]  # [T]
@@ -40,6 +41,7 @@ class MicroBatch:
     segment_lengths: NDArray[np.int64]  # [S], sum = T
     predict_from: NDArray[np.int64]  # [M], row position whose hidden state predicts the target
     target_ids: NDArray[np.int64]  # [M], the sampled token
+    target_segments: NDArray[np.int64]  # [M], which of the S segments; a segment's targets are all in one micro-batch
     advantages: NDArray[np.float32]  # [M]
     mu: NDArray[np.float32]  # [M], behaviour log-prob, nats
     weights: NDArray[np.float32]  # [M], 1 / denominator
@@ -93,8 +95,12 @@ def pack_update(
         episode    G * K * N_i      N_i = sampled tokens of the whole tree (the paper's objective)
         token      sampled tokens of the step
         constant   G * K * constant_tokens
-    Raises EpisodeError(first_token_sampled) for a token that nothing can predict.
+    Raises EpisodeError(first_token_sampled) for a token that nothing can predict, ValueError for an advantage that is
+    not finite: matpo_learner.credit lets none through.
     """
+    for group, of_group in zip(groups, advantages, strict=True):
+        if not np.isfinite(of_group).all():
+            raise ValueError(f"group {group.id}: advantages {of_group.tolist()} are not all finite")
     roles = _roles([episode for group in groups for episode in group.episodes])
     minibatches = []
     bounds = np.linspace(0, len(groups), settings.num_minibatches + 1).round().astype(int)
@@ -208,6 +214,7 @@ def _row(pieces: list[_Piece], roles: tuple[str, ...], role_ids: dict[str, int],
         segment_lengths=lengths,
         predict_from=_join([p.targets - 1 + start for p, start in zip(pieces, starts, strict=True)], np.int64),
         target_ids=_join(at_targets("token_ids"), np.int64),
+        target_segments=np.repeat(np.arange(len(pieces)), counts).astype(np.int64),
         advantages=np.repeat([p.advantage for p in pieces], counts).astype(np.float32),
         mu=_join(at_targets("logprobs"), np.float32),
         weights=np.repeat([p.weight for p in pieces], counts).astype(np.float32),

@@ -155,9 +155,10 @@ def _pack(message: dict[str, Any]) -> bytes:
 def update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwatch) -> StepReport:
     """One update of the weights."""
     with watch.phase("credit"):
+        groups, advantages = credit.assign(batch.groups, run_file.learner)
         plan = pack_update(
-            batch.groups,
-            [credit.advantages(group, run_file.learner).advantages for group in batch.groups],
+            groups,
+            advantages,
             run_file.learner,
             version=batch.version,
             rank=engine.rank,

@@ -1,6 +1,6 @@
 """What a run leaves behind for people: JSON lines and Prometheus metrics of every update. Decides nothing.
 
-    metrics/learner.jsonl    one line per update: reward, lag, loss, where the time went
+    metrics/learner.jsonl    one line per update: reward, lag, loss, diagnostics by role and lag, where the time went
     metrics/trained.jsonl    one line per consumed group: what became of it, and in which update
 
 Both are true as far as the checkpoint that the learner resumed from, and are cut there: each group stands once.
@@ -23,7 +23,22 @@ import numpy as np
 from matpo.episode import Group
 from matpo.metrics import Metrics
 from matpo_learner.deepspeed_engine import StepReport
+from matpo_learner.diagnostics import Diagnostics
 from matpo_learner.waits import Waits
+
+BY_ROLE_AND_LAG = {
+    "ess_ratio": "ess",
+    "role_tokens": "num_tokens",
+    "role_log_ratio_nats": "log_ratio",
+    "role_kl_nats": "kl",
+    "role_truncated_ratio": "truncated",
+    "role_masked_ratio": "masked",
+    "role_entropy_nats": "entropy",
+    "role_advantage_mean": "advantage",
+    "role_advantage_std": "advantage_std",
+    "role_advantage_abs": "advantage_abs",
+}
+"""Metric with labels role and lag -> attribute of Diagnostics. Roles come from the run file, lags are six buckets."""
 
 
 class JsonLines:
@@ -105,7 +120,18 @@ def summarise(
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         **overall,
+        "engine_gap": asdict(report.engine_gap) if report.engine_gap else None,
+        "by_role_and_lag": _nested(report.by_role_and_lag),
     }
+
+
+def _nested(cells: Mapping[tuple[str, str], Diagnostics]) -> dict[str, dict[str, dict[str, float]]]:
+    """{"planner": {"3-4": {"ess": 0.98, ...}}}: only what has tokens."""
+    found: defaultdict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for (role, bucket), part in cells.items():
+        # Six digits: people and plots read these, and live views read the whole file again and again.
+        found[role][bucket] = {name: float(f"{value:.6g}") for name, value in asdict(part).items()}
+    return dict(found)
 
 
 def export(metrics: Metrics, row: Mapping[str, Any], lags: Sequence[int], environment: str, report: StepReport) -> None:
@@ -117,11 +143,18 @@ def export(metrics: Metrics, row: Mapping[str, Any], lags: Sequence[int], enviro
     for lag in lags:
         metrics.observe("batch_lag_versions", lag)
     metrics.observe("importance_ratio", report.overall.ratio)
+    for name in (*BY_ROLE_AND_LAG, "engine_gap_nats", "reward"):
+        metrics.clear(name)  # a cell without tokens has no value, not the one of an earlier update
     for (role, bucket), part in report.by_role_and_lag.items():
-        metrics.set("ess_ratio", part.ess, role=role, lag=bucket)
+        for name, attribute in BY_ROLE_AND_LAG.items():
+            metrics.set(name, getattr(part, attribute), role=role, lag=bucket)
+    if report.engine_gap is not None:
+        metrics.set("engine_gap_nats", report.engine_gap.mean, stat="mean")
+        metrics.set("engine_gap_nats", report.engine_gap.max, stat="max")
     metrics.set("truncated_ratio", report.overall.truncated)
     metrics.set("masked_ratio", report.overall.masked)
     metrics.set("kl_nats", report.overall.kl)
+    metrics.set("reference_kl_nats", report.overall.reference_kl)
     metrics.set("entropy_nats", report.overall.entropy)
     metrics.set("grad_norm", report.grad_norm)
     for component, value in {"reward": row["reward"], **row["reward_components"]}.items():

@@ -55,7 +55,8 @@ def run(run_file: RunFile, options: SftOptions) -> None:
     segments = single_segments(recorded)
     if not segments:
         raise ConfigError(f"--episodes {options.episodes} holds no sampled token of a trainable role.")
-    settings = run_file.learner.model_copy(update={"learning_rate": options.learning_rate})
+    plain = {"learning_rate": options.learning_rate, "kl_beta": 0.0, "entropy_beta": 0.0}
+    settings = run_file.learner.model_copy(update=plain)
     with closing(LearnerEngine(run_file.model_folder, settings, seed=run_file.run.seed)) as engine:
         began_s, logged_s, num_tokens, loss_sum, num_logged = time.monotonic(), 0.0, 0, 0.0, 0
         for step, batch in enumerate(batches(segments, options, seed=run_file.run.seed), start=1):

@@ -14,7 +14,7 @@ Rules kept here, each with a test in tests/ops/test_recorded.py:
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,10 +71,21 @@ def steps_of(trained: Iterable[Mapping[str, Any]], updates: Iterable[Mapping[str
 
 
 class Reader:
-    """Reads and judges groups of a recording, one at a time."""
+    """Reads and judges groups of a recording, one at a time.
 
-    def __init__(self, recording: Recording, settings: LearnerSettings, *, vocab_size: int) -> None:
+    `check` raises EpisodeError for a group that the run file does not allow.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        settings: LearnerSettings,
+        *,
+        vocab_size: int,
+        check: Callable[[Group], None] = lambda group: None,
+    ) -> None:
         self.tally = Tally()
+        self._check = check
         self._recording, self._settings, self._vocab_size = recording, settings, vocab_size
         self._known = {group.group: group for group in recording.groups}
 
@@ -108,6 +119,7 @@ class Reader:
         if group is None:
             return
         try:
+            self._check(group)
             worth = credit.advantages(group, self._settings)
         except EpisodeError as error:
             self._refuse(name, error)

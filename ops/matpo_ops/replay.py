@@ -38,9 +38,9 @@ from matpo.run_folder import NAME as IDENTITY_NAME
 from matpo.run_folder import Identity
 from matpo.settings import RunFile
 from matpo_broker.recording import Recording
-from matpo_learner import checkpoint, process, records
+from matpo_learner import checkpoint, credit, process, records
 from matpo_learner.deepspeed_engine import LearnerEngine
-from matpo_learner.leader import vocab_size
+from matpo_learner.leader import check_roles, vocab_size
 from matpo_learner.publisher import Lineage
 from matpo_learner.sft import write_model
 from matpo_ops.evaluate import evaluate
@@ -153,7 +153,12 @@ def replay(run_file: RunFile, source: Source, out: Path, how: How) -> dict[str, 
         with Recording(source.journal) as recording, tempfile.TemporaryDirectory(prefix="matpo-replay-") as scratch:
             _warn_if_incomplete(recording)
             steps = None if how.by_index else source.steps()
-            reader = Reader(recording, run_file.learner, vocab_size=vocab_size(run_file.model_folder))
+            reader = Reader(
+                recording,
+                run_file.learner,
+                vocab_size=vocab_size(run_file.model_folder),
+                check=lambda group: check_roles(group, run_file),
+            )
             begin = start_of(run_file, source, how.start, Path(scratch))
             with closing(LearnerEngine(begin.model, run_file.learner, seed=run_file.run.seed)) as engine:
                 if begin.checkpoint is not None:
@@ -234,7 +239,8 @@ def _train(
             if not report.num_steps:
                 not_finite += 1
                 continue
-            lags = [_lag(group, batch, lineage) for group in batch.groups for _ in group.episodes]
+            trained = [credit.as_trained(group, run_file.learner) for group in batch.groups]
+            lags = [_lag(group, batch, lineage) for group in trained for _ in group.episodes]
             rows.append(
                 {
                     "update": batch.update,

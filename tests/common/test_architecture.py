@@ -28,7 +28,7 @@ def imports_of(path: Path) -> set[str]:
     ("library", "adapters"),
     [
         ("vllm", {"actor/matpo_actor/engines/vllm.py", "actor/matpo_actor/engines/vllm_worker.py"}),
-        ("deepspeed", {"learner/matpo_learner/deepspeed_engine.py"}),
+        ("deepspeed", {f"learner/matpo_learner/deepspeed_{part}.py" for part in ("engine", "ranks", "state")}),
         ("pickle", {"ops/matpo_ops/bench/ceiling.py"}),  # what the broker is measured against, not part of it
         ("cloudpickle", set()),
     ],

@@ -108,6 +108,13 @@ def test_a_malformed_override_is_refused(write, override: str) -> None:
         (["rollout.root=boss"], "is no role of this file"),
         (["rollout.max_depth=1"], "max_depth=1 forbids it"),
         (["learner.credit=grpo"], "single agent"),
+        (["learner.credit=leader_only", "roles.planner.trainable=false"], "trains only roles.planner, which is frozen"),
+        (["learner.credit=rloo", "roles.planner.trainable=false", "roles.worker.trainable=false"], "no role is train"),
+        (["learner.loss=gspo", "learner.num_minibatches=2"], "decoupled_ppo"),
+        (["learner.prox=loglinear"], "only decoupled_ppo has a prox"),
+        (["learner.reference=nowhere"], "kl_beta > 0"),
+        (["learner.reference=nowhere", "learner.kl_beta=0.1"], "Name a model folder"),
+        (["learner.task_norm_min_episodes=1"], "greater than or equal to 2"),
         (['actor.engine="scripted"'], "needs `script`"),
     ],
 )

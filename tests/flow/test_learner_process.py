@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,7 @@ def check_whole_run(run_file: RunFile) -> None:
     assert Counter(row["update"] for row in trained) == dict.fromkeys(range(1, 6), 2)
     assert {row["fate"] for row in consumed} == {"trained", "zero_signal"}
     assert all((row["fate"] == "zero_signal") == (row["index"] % 3 == 2) for row in consumed)
+    assert all(set(row["by_role_and_lag"]) == {"planner", "worker"} for row in updates)
     versions = [row["version"] for row in updates]
     assert versions == sorted(set(versions))
     assert snapshot.newest(run_file.snapshot_folder) == versions[-1]
@@ -241,6 +243,58 @@ async def test_a_group_with_a_hostile_episode_is_counted_and_the_run_goes_on(pat
     fates = {row["index"]: (row["fate"], row["reason"]) for row in lines(run_file, "trained")}
     assert fates[1] == ("invalid", "framing")
     assert len(lines(run_file, "learner")) == 2
+
+
+def with_huge_reward(episode: Episode) -> Episode:
+    return replace(episode, reward=1e200)
+
+
+def with_unknown_role(episode: Episode) -> Episode:
+    return replace(episode, segments=(episode.segments[0], replace(episode.segments[1], role="intruder")))
+
+
+def with_another_root(episode: Episode) -> Episode:
+    return replace(episode, segments=(replace(episode.segments[0], role="worker"), episode.segments[1]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [(with_huge_reward, "advantage"), (with_unknown_role, "role"), (with_another_root, "role")]
+)
+async def test_a_group_that_cannot_be_trained_is_counted_and_the_run_goes_on(
+    path: Path, spoil: Callable[[Episode], Episode], reason: str
+) -> None:
+    def change(episode: Episode, payload: bytes) -> bytes:
+        bad = episode.group == "g-00000001" and episode.member == 1
+        return schema.encode(spoil(episode)) if bad else payload
+
+    run_file = load_run_file(path)
+    with started("matpo_broker", str(path)):
+        async with playing(run_file, change):
+            with started("matpo_learner", str(path), "--set", "learner.num_updates=2") as learner:
+                assert await ended(learner) == 0
+    fates = {row["index"]: (row["fate"], row["reason"]) for row in lines(run_file, "trained")}
+    assert fates[1] == ("invalid", reason)
+    assert len(lines(run_file, "learner")) == 2
+
+
+async def test_two_ranks_train_with_every_part_of_the_objective_switched_on(path: Path) -> None:
+    changes = {
+        "num_ranks": 2, "loss": "decoupled_ppo", "num_minibatches": 2, "prox": "loglinear", "kl_beta": 0.1,
+        "entropy_beta": 0.01, "credit": "leader_only", "task_norm": "true", "task_norm_min_episodes": 2,
+        "abnormal_reward": -1.0, "denominator": "token",
+    }  # fmt: skip
+    options = [word for key, value in changes.items() for word in ("--set", f"learner.{key}={value}")]
+    run_file = load_run_file(path)
+    with started("matpo_broker", str(path)):
+        async with playing(run_file):
+            with started("matpo_learner", str(path), *options) as learner:
+                assert await ended(learner) == 0
+    updates = lines(run_file, "learner")
+    assert len(updates) == 5
+    assert all(set(row["by_role_and_lag"]) == {"planner"} for row in updates), "the leader alone"
+    assert updates[0]["reference_kl"] < updates[-1]["reference_kl"]
+    assert all(row["advantage_std"] == pytest.approx(1.0, abs=1e-3) for row in updates)
+    assert updates[0]["engine_gap"]["num_tokens"] > 0
 
 
 async def test_two_ranks_make_the_same_run_and_stop_in_order(path: Path) -> None:

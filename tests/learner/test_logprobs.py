@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from matpo.errors import ConfigError
 from matpo_learner import loss as losses
-from matpo_learner.logprobs import ATTENTION, Scorer, load_scorer
+from matpo_learner.logprobs import ATTENTION, Head, Scorer, load_scorer
 from matpo_learner.packing import pack_sft, pack_update
 
 
-def _scorer(folder, *, chunk_tokens=5, dtype=torch.float64):
-    return load_scorer(folder, chunk_tokens=chunk_tokens).to(dtype)
+def _scorer(folder, *, chunk_tokens=5, dtype=torch.float64, entropy_gradient=False):
+    return load_scorer(folder, chunk_tokens=chunk_tokens, entropy_gradient=entropy_gradient).to(dtype)
 
 
 def _score(scorer, batch):
@@ -85,6 +85,46 @@ def test_gradient_of_every_weight_equals_the_naive_one(tiny_model, untied_model,
         torch.testing.assert_close(found[name].grad, parameter.grad, atol=1e-9, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("chunk_tokens", [3, 1000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_of_log_probs_and_entropy_together_equals_the_naive_one(
+    tiny_model, untied_model, random_groups, make_settings, tied, chunk_tokens
+):
+    folder = tiny_model if tied else untied_model
+    (row,) = _rows(random_groups, make_settings)
+    scorer = _scorer(folder, chunk_tokens=chunk_tokens, entropy_gradient=True)
+    weights = torch.linspace(-1, 1, row.num_targets, dtype=torch.float64)
+    logprobs, entropy = _score(scorer, row)
+    (weights * logprobs + weights.flip(0) * entropy).sum().backward()
+    model, logprobs, entropy = _naive(folder, row)
+    (weights * logprobs + weights.flip(0) * entropy).sum().backward()
+    found = dict(scorer.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name].grad, parameter.grad, atol=1e-9, rtol=0, msg=name)
+
+
+def test_gradient_of_the_head_equals_finite_differences_with_and_without_the_entropy():
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(11, 4, dtype=torch.float64))
+    targets = torch.randint(0, 11, (7,))
+    both, plain = (Head(weight, 3, entropy_gradient=on) for on in (True, False))
+    assert torch.autograd.gradcheck(lambda h, w: both(h, targets), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: plain(h, targets)[0], (hidden, weight))
+
+
+def test_entropy_has_no_gradient_and_keeps_nothing_unless_asked_for(tiny_model, random_groups, make_settings):
+    (row,) = _rows(random_groups, make_settings)
+    kept = {}
+    for asked in (False, True):
+        scorer, sizes = _scorer(tiny_model, entropy_gradient=asked), []
+        with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.shape) or t, lambda t: t):
+            _, entropy = _score(scorer, row)
+        assert entropy.requires_grad == asked
+        kept[asked] = sizes
+    assert len(kept[True]) == len(kept[False]) + 1
+
+
 def test_changing_one_segment_changes_no_bit_of_another(tiny_model, random_groups, make_settings):
     (row,) = _rows(random_groups, make_settings)
     scorer = _scorer(tiny_model, dtype=torch.float32)
@@ -97,7 +137,10 @@ def test_changing_one_segment_changes_no_bit_of_another(tiny_model, random_group
     assert not torch.equal(before[~elsewhere], after[~elsewhere])
 
 
-def test_no_tensor_of_row_length_times_vocabulary_is_kept_or_made(tmp_path, random_groups, make_settings):
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_no_tensor_of_row_length_times_vocabulary_is_kept_or_made(
+    tmp_path, random_groups, make_settings, entropy_gradient
+):
     vocabulary, chunk = 4096, 8
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -113,7 +156,7 @@ def test_no_tensor_of_row_length_times_vocabulary_is_kept_or_made(tmp_path, rand
     groups = random_groups(5, num_groups=8, group_size=4, vocabulary=vocabulary, max_tokens=60)
     (row,) = pack_sft([e for g in groups for e in g.episodes], make_settings(microbatch_tokens=100_000))
     assert row.num_targets > 20 * chunk
-    scorer = load_scorer(tmp_path, chunk_tokens=chunk)
+    scorer = load_scorer(tmp_path, chunk_tokens=chunk, entropy_gradient=entropy_gradient)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -127,25 +170,34 @@ def test_no_tensor_of_row_length_times_vocabulary_is_kept_or_made(tmp_path, rand
 
     kept = []
     with Watch(), saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        _score(scorer, row)[0].sum().backward()
+        logprobs, entropy = _score(scorer, row)
+        (logprobs.sum() + entropy.sum()).backward()
     weight = vocabulary * config.hidden_size
     assert largest <= max(weight, chunk * vocabulary)
     assert max(kept) <= weight
 
 
-def test_gradient_equals_finite_differences(tiny_model, random_groups, make_settings):
-    settings = make_settings(group_size=2, microbatch_tokens=300)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # The weight of tis or cispo is not differentiated: by design their value has another derivative.
+        {"loss": "ppo_clip"},
+        {"loss": "ppo_clip", "kl_beta": 0.3, "entropy_beta": 0.2},
+    ],
+)
+def test_gradient_equals_finite_differences(tiny_model, random_groups, make_settings, changes):
+    settings = make_settings(group_size=2, microbatch_tokens=300, **changes)
     groups = random_groups(4, num_groups=2, group_size=2)
     advantages = [np.array([0.7, -0.7])] * 2
     ((row,),) = pack_update(groups, advantages, settings, version=4)
-    scorer = _all_float64(_scorer(tiny_model))
+    scorer = _all_float64(_scorer(tiny_model, entropy_gradient=True))
     with torch.no_grad():  # away from the kinks of cap and mask: mu close to pi
-        row.mu[:] = _score(scorer, row)[0].numpy() - 0.01
-    tokens = losses.Tokens.of(row)
+        before = _score(scorer, row)[0]
+    row.mu[:] = before.numpy() - 0.01
+    tokens = losses.Tokens.of(row, reference=before - 0.5)
 
     def value():
-        # ppo_clip: the weight of tis is not differentiated, so its value has another derivative by design.
-        return losses.weighted_sum("ppo_clip", *_score(scorer, row), tokens, settings)[0]
+        return losses.weighted_sum(settings.loss, *_score(scorer, row), tokens, settings)[0]
 
     value().backward()
     rng = np.random.default_rng(0)

@@ -202,8 +202,28 @@ def test_positions_restart_and_first_tokens_are_no_targets(make_segment, make_ep
     assert row.segment_lengths.tolist() == [3, 2]
     assert row.predict_from.tolist() == [1, 2, 4]
     assert row.target_ids.tolist() == [7, 2, 8]
+    assert row.target_segments.tolist() == [0, 0, 1]
     assert row.weights.tolist() == pytest.approx([1 / 3] * 3)
     assert row.lags.tolist() == [3, 3, 3]
+
+
+@given(seed=SEEDS, room=st.integers(1, 90))
+def test_every_target_knows_its_segment_and_a_segment_is_whole_in_one_row(random_groups, seed, room):
+    groups = random_groups(seed, num_groups=2, group_size=2)
+    (rows,) = _all_ranks(groups, _settings(microbatch_tokens=room), 2)
+    found = []
+    for row in rows:
+        assert row.target_segments.tolist() == row.segment_ids[row.predict_from].tolist()
+        found += np.bincount(row.target_segments, minlength=len(row.segment_lengths)).tolist()
+    want = [s.num_sampled for g in groups for e in g.episodes for s in e.segments if s.trainable and s.num_sampled]
+    assert sorted(found) == sorted(want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_advantage_that_is_not_finite_is_refused(random_groups, bad):
+    groups = random_groups(1, num_groups=1, group_size=2)
+    with pytest.raises(ValueError, match=r"group g-0: advantages .* are not all finite"):
+        pack_update(groups, [np.array([bad, 0.0])], _settings(), version=0)
 
 
 def test_sampled_first_token_is_refused(make_segment, make_episode):

@@ -9,7 +9,8 @@ import pytest
 from tests.broker.journals import forget, group_of, journal
 
 from matpo import schema
-from matpo.episode import Episode, Segment, Task
+from matpo.episode import Episode, Group, Segment, Task
+from matpo.errors import EpisodeError
 from matpo.settings import LearnerSettings
 from matpo_broker.recording import Recording
 from matpo_ops.recorded import Batch, Reader, Step, Tally, steps_of
@@ -103,6 +104,17 @@ def test_without_a_record_groups_come_by_index_and_what_fills_no_batch_is_left_o
 def test_a_group_that_the_settings_of_the_replay_refuse_is_counted_by_reason(folder: Path) -> None:
     found, tally = replayed(folder, None, SETTINGS.model_copy(update={"group_size": 3}))
     assert (found, tally.invalid) == ([], {"group_size": 8})
+
+
+def test_a_group_that_the_run_file_does_not_allow_is_counted_by_reason(folder: Path) -> None:
+    def check(group: Group) -> None:
+        if group.id == group_of(3):
+            raise EpisodeError("a role that nobody knows", reason="role")
+
+    with Recording(folder) as recording:
+        reader = Reader(recording, SETTINGS, vocab_size=VOCAB_SIZE, check=check)
+        found = [shown(batch) for batch in reader.batches([Step(update=1, version=0, groups=names(0, 3, 4))])]
+    assert (found, reader.tally.invalid) == ([(1, 0, names(0, 4), [])], {"role": 1})
 
 
 def test_a_record_that_is_no_episode_or_has_ids_beyond_the_vocabulary_is_counted(tmp_path: Path) -> None:
