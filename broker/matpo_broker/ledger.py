@@ -363,7 +363,8 @@ class Ledger:
             " WHERE e.file IS NOT NULL AND o.state != 'dropped' AND (o.idx >= ? OR o.state = 'quarantined')"
         )
         query = f"SELECT DISTINCT file FROM episodes WHERE file IS NOT NULL EXCEPT {needed}"
-        return [file for (file,) in self._db.execute(query, (self._forgotten_below,))]
+        below = 0 if self._rules.keep_consumed else self._forgotten_below
+        return [file for (file,) in self._db.execute(query, (below,))]
 
     def forget_files(self, files: Sequence[int]) -> None:
         """Note that payload files are about to be deleted (after the next commit)."""

@@ -36,6 +36,7 @@ class Rules:
     max_lease_losses: int = 20
     max_deliveries: int = 3  # 0: never quarantine for it
     max_order_age_s: float = 0.0  # 0: orders do not expire
+    keep_consumed: bool = False  # payloads of consumed groups stay
 
 
 class Members:

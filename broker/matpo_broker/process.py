@@ -81,6 +81,7 @@ def rules_of(run_file: RunFile) -> Rules:
         max_lease_losses=settings.max_lease_losses,
         max_deliveries=settings.max_deliveries,
         max_order_age_s=settings.max_order_age_s,
+        keep_consumed=settings.keep_consumed,
         credit_bytes=settings.credit_bytes,
     )
 

@@ -78,6 +78,10 @@ TABLE: dict[Process, dict[str, Spec]] = {
     "learner": {
         "policy_version": Spec(Gauge, "Version of the weights in training"),
         "step_seconds": Spec(Histogram, "Where an update's time goes", ("phase",)),
+        "waiting_seconds": Spec(Gauge, "How long the wait in progress has lasted, by who is waited for", ("who",)),
+        "waited_seconds_total": Spec(Counter, "Time of waits that are over, by who was waited for", ("who",)),
+        "wait_ratio": Spec(Gauge, "Share of the last updates' time in which groups were waited for"),
+        "hint": Spec(Gauge, "1 for what would help: unknown, add_actors, learner, balanced", ("verdict",)),
         "groups_trained_total": Spec(Counter, "Groups that moved the weights"),
         "groups_dropped_total": Spec(Counter, "Groups that did not, by reason", ("reason",)),
         "zero_signal_groups_total": Spec(Counter, "Groups with equal rewards: no signal, replaced"),

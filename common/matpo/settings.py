@@ -100,6 +100,9 @@ class BrokerSettings(Section):
     """For durability = "interval"."""
     journal_file_bytes: Count = 64 * 2**20
     """A payload file is sealed and a new one begun at this size."""
+    keep_consumed: bool = False
+    """Keep the episodes of every trained group, for `matpo replay` and for reading; the journal then only grows, until
+    `matpo-broker compact`. False: a payload file goes once the oldest kept checkpoint covers all groups in it."""
     ballast_bytes: Annotated[int, Field(ge=2**20)] = 16 * 2**20
     """Kept free for the ledger, so that leases, commits and acknowledgements go on when the disk is full."""
 
@@ -397,7 +400,7 @@ class LearnerSettings(Section):
     keep_snapshots: Count = 4
     """Older ones are deleted after a grace period."""
     group_timeout_s: Positive = 600.0
-    """Without a group for this long the watchdog says who is waited for."""
+    """The watchdog says who is waited for after 10 s, 20 s, 40 s, ...; from this long on as a warning."""
 
     @model_validator(mode="after")
     def _check(self) -> LearnerSettings:

@@ -21,14 +21,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from matpo import logs
 from matpo.errors import RefusedError
 
 NAME = "learner.epoch"
 POLL_S = 0.1
-WARN_S = 10.0
 _DIGITS = 20  # of fixed width: overwritten in place, never empty in between
-log = logs.get()
 
 
 class Fence:
@@ -69,16 +66,12 @@ class Fence:
         os.close(self._file)
 
     def _lock(self, idle: Callable[[], None]) -> None:
-        began_s, warned = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
                 idle()
-                if not warned and time.monotonic() - began_s > WARN_S:
-                    log.warning("learner.waits_for_older", why="it is writing a snapshot or checkpoint, or is stopped")
-                    warned = True
                 time.sleep(POLL_S)
 
     def _check(self) -> None:

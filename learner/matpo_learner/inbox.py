@@ -5,7 +5,7 @@ Rules kept here, each with a test in tests/learner/test_inbox.py:
    for the task that was ordered. Anything else is given as invalid, with the reason, so that it is counted.
 2. A group is given once per process, whatever the broker repeats.
 3. At most `prefetch` groups wait here; the lowest index goes first.
-4. While the broker is gone, everything waits and is sent again, in order; the learner is told why it waits.
+4. While the broker is gone, everything waits and is sent again, in order; `waits_for` says why nothing comes.
 5. A refusal that asking again cannot mend ends the learner: `take` raises it.
 """
 
@@ -27,14 +27,15 @@ from matpo.errors import DataError, EpisodeError, ProtocolError, RefusedError, T
 from matpo.link import Link
 from matpo.security import ClientKeys
 from matpo_learner.orders import Book, OrderStream
+from matpo_learner.waits import Reason
 
 FETCH_WAIT_S = 2.0
 REPLY_S = 30.0
 CONNECT_S = 10.0
 MAX_BACK_OFF_S = 5.0
 FLUSH_S = 10.0
-FIRST_WARNING_S = 10.0
 IDLE_S = 0.5
+SILENT_S = 2 * FETCH_WAIT_S + 5.0  # a broker that has nothing says so every FETCH_WAIT_S
 ORDERS_PER_MESSAGE = 1024
 log = logs.get()
 _Result = TypeVar("_Result")
@@ -114,7 +115,6 @@ class Inbox:
         group_size: int,
         vocab_size: int,
         prefetch: int,
-        group_timeout_s: float,
         keys: ClientKeys | None = None,
     ) -> None:
         self.published = -1  # newest version that a token may be stamped with; the learner raises it
@@ -124,7 +124,6 @@ class Inbox:
         self._group_size = group_size
         self._vocab_size = vocab_size
         self._prefetch = prefetch
-        self._group_timeout_s = group_timeout_s
         self._hello = hello
         self._endpoint = endpoint
         self._keys = keys
@@ -140,8 +139,7 @@ class Inbox:
         self._idle: wire.NoGroup | None = None  # why the broker had nothing
         self._unreachable = False
         self._trouble = ""
-        self._wait_began_s: float | None = None
-        self._next_warning_s = FIRST_WARNING_S
+        self._answered_s = time.monotonic()
 
     # ---- for the main thread
 
@@ -214,9 +212,7 @@ class Inbox:
                 raise self._failure
             delivery = heapq.heappop(self._waiting)[2] if self._waiting else None
         if delivery is None:
-            self._warn_if_long()
             return None
-        self._wait_began_s, self._next_warning_s = None, FIRST_WARNING_S
         self._loop.call_soon_threadsafe(self._room.set)
         return delivery
 
@@ -231,32 +227,29 @@ class Inbox:
             raise self._failure
         self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
 
-    def _warn_if_long(self) -> None:
-        """Say who is waited for: after 10 s, 20 s, 40 s, ... A warning from group_timeout_s on."""
-        now_s = time.monotonic()
-        if self._wait_began_s is None:
-            self._wait_began_s = now_s
-        waited_s = now_s - self._wait_began_s
-        if waited_s < self._next_warning_s:
-            return
-        self._next_warning_s = 2 * waited_s
-        say = log.warning if waited_s >= self._group_timeout_s else log.info
-        say("learner.waiting", waited_s=round(waited_s), waits_for=self.waits_for())
+    @property
+    def num_waiting(self) -> int:
+        """Groups that are here and were not taken yet."""
+        return len(self._waiting)
 
-    def waits_for(self) -> str:
-        """In words, who has to move before the next group can come."""
-        idle = self._idle
+    def waits_for(self) -> Reason:
+        """Who has to move before the next group can come. From any thread."""
+        idle, silent_s = self._idle, time.monotonic() - self._answered_s
         if self._unreachable or idle is None:
-            return f"the broker at {self._endpoint}: {self._trouble or 'it has not answered yet. Start matpo-broker.'}"
+            trouble = self._trouble or "it has not answered yet. Start matpo-broker."
+            return Reason(who="broker", why=f"the broker at {self._endpoint}: {trouble}")
+        if silent_s > SILENT_S:
+            return Reason(who="broker", why=f"the broker at {self._endpoint} has not answered for {silent_s:.0f} s")
         if idle.actors == 0:
-            return f"actors: none is connected, {idle.members_open} members are ordered. Start matpo-actor."
+            why = f"none is connected, {idle.members_open} members are ordered. Start matpo-actor."
+            return Reason(who="actors", why=f"actors: {why}")
         if idle.members_leased:
-            return (
-                f"{idle.actors} actors, which play {idle.members_leased} members; {idle.members_open} more are ordered"
-            )
+            playing = f"{idle.actors} actors, which play {idle.members_leased} members"
+            return Reason(who="members", why=f"{playing}; {idle.members_open} more are ordered")
         if idle.members_open:
-            return f"{idle.actors} actors: {idle.members_open} members are ordered, none is taken. Look at their logs."
-        return "orders: the broker has none that is open"
+            none_taken = f"{idle.members_open} members are ordered, none is taken. Look at their logs."
+            return Reason(who="leases", why=f"{idle.actors} actors: {none_taken}")
+        return Reason(who="orders", why="orders: the broker has none that is open")
 
     # ---- the thread
 
@@ -375,7 +368,7 @@ class Inbox:
             else:
                 if self._unreachable:
                     log.info("broker.back", endpoint=self._endpoint)
-                self._unreachable = False
+                self._unreachable, self._answered_s = False, time.monotonic()
                 return result
             await asyncio.sleep(back_off_s)
             back_off_s = min(2 * back_off_s, MAX_BACK_OFF_S)

@@ -16,6 +16,7 @@ import json
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,13 +36,16 @@ from matpo.settings import LearnerSettings, RunFile
 from matpo_learner import bad_batches, checkpoint, credit, records
 from matpo_learner.deepspeed_engine import StepReport
 from matpo_learner.fence import Fence
+from matpo_learner.hint import VERDICTS, WINDOW_UPDATES, hint
 from matpo_learner.inbox import Delivery, Inbox
 from matpo_learner.orders import Book, OrderStream
 from matpo_learner.packing import minibatch_bounds
 from matpo_learner.publisher import Publisher
+from matpo_learner.waits import Ask, Reason, Waits
 
 TAKE_S = 0.5
 BAD_BATCHES = "bad_batches"
+COMES_S = 10.0  # groups that come at least so often are not what is waited for
 log = logs.get()
 
 
@@ -77,12 +81,16 @@ class Leader:
             self.metrics.serve(run_file.metrics.host, run_file.metrics.learner_port)
         self._context_tokens = context_tokens(run_file.model_folder)
         self._inbox = _make_inbox(run_file, identity)
+        self.waits = Waits(self._reasons(), self.metrics, warn_after_s=self._settings.group_timeout_s)
         try:
-            welcome = self._inbox.start(idle)
-            self._fence = Fence(run_file.run.folder, self._inbox.epoch, idle)
+            with self.waits.on("start"):
+                welcome = self._inbox.start(idle)
+            with self.waits.on("fence"):
+                self._fence = Fence(run_file.run.folder, self._inbox.epoch, idle)
             self._begin(welcome)
         except BaseException:  # also when told to stop
             self._inbox.stop()
+            self.waits.close()
             raise
 
     def _begin(self, welcome: wire.Welcome) -> None:
@@ -106,11 +114,40 @@ class Leader:
         pending = meta.pending if meta else checkpoint.Pending()
         self._zero_signal = [_group_of(rewards) for rewards in pending.zero_signal]
         self._dropped, self._bad_updates, self._bad_in_a_row = pending.dropped, pending.bad_updates, 0
+        self._num_chosen, self._came_s = 0, time.monotonic()  # of the batch that is being collected; its newest group
+        self._batch_ready = False
+        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW_UPDATES)
+        self._hinted = ""
 
     @property
     def stopping(self) -> bool:
         """Told to stop."""
         return self._stopping.is_set()
+
+    def _reasons(self) -> Mapping[str, Ask]:
+        """Who is waited for in each phase of an update (matpo_learner.records.Stopwatch)."""
+        folder = self._run_file.run.folder
+        older = "an older learner is writing a snapshot or checkpoint, or is stopped. End it."
+        reasons: dict[str, Ask] = {
+            "start": self._inbox.waits_for,
+            "fence": lambda: Reason(who="older_learner", why=older),
+            "wait": self._waits_for,
+            "publish": lambda: Reason(who="disk", why=f"weights are being written to {folder}"),
+            "checkpoint": lambda: Reason(who="disk", why=f"a checkpoint is being written to {folder}"),
+        }
+        if self._settings.num_ranks > 1:
+            why = f"the {self._settings.num_ranks} ranks train together: the slowest, or one that died. See their logs."
+            reasons["forward_backward"] = lambda: Reason(who="ranks", why=why)
+        return reasons
+
+    def _waits_for(self) -> Reason:
+        """Why the next batch is not there."""
+        wanted, without = self._settings.groups_per_update, len(self._zero_signal)
+        found = self._inbox.waits_for()
+        if without + self._dropped >= wanted and time.monotonic() - self._came_s < COMES_S:
+            why = f"they come, but {without} had equal rewards and {self._dropped} were dropped since the last update"
+            found = Reason(who="signal", why=f"groups with a signal: {why}")
+        return replace(found, why=f"{self._num_chosen} of {wanted} groups are here. {found.why}")
 
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], *, update: int) -> None:
         """Write the weights of `update` as the next version and tell of it."""
@@ -135,6 +172,7 @@ class Leader:
         `idle` is called at least about once in TAKE_S, with every group consumed or open: it may save a checkpoint.
         """
         chosen: list[Chosen] = []
+        self._batch_ready = self._inbox.num_waiting >= self._settings.groups_per_update
         while len(chosen) < self._settings.groups_per_update:
             left = self._settings.num_updates - self.update
             self._inbox.place(self.book.place(self._settings, updates_left=left))
@@ -142,8 +180,11 @@ class Leader:
             if self.stopping:
                 return None
             idle()
-            if delivery is not None and (found := self._judge(delivery)):
-                chosen.append(found)
+            if delivery is not None:
+                self._came_s = time.monotonic()
+                if found := self._judge(delivery):
+                    chosen.append(found)
+            self._num_chosen = len(chosen)
         self._chosen = chosen
         return [one.delivery for one in chosen]
 
@@ -184,8 +225,10 @@ class Leader:
             **records.summarise([one.group for one in trained], self._zero_signal, lags, report),
             "groups_dropped": self._dropped,
             "bad_updates": self._bad_updates,
+            "batch_ready": self._batch_ready,
             "seconds": seconds,
         }
+        row |= self._hint(row)
         self._zero_signal, self._dropped, self._bad_updates = [], 0, 0
         self._logs["learner"].write(**row)
         records.export(self.metrics, row, lags, self._run_file.environment.name, report)
@@ -197,6 +240,18 @@ class Leader:
             **{name: round(row[name], 4) for name in shown},
             seconds=seconds,
         )
+
+    def _hint(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What would make the run faster, for this line of learner.jsonl; logged now and then, and when it changes."""
+        self._recent.append(row)
+        found = hint(list(self._recent))
+        self.metrics.set("wait_ratio", found.wait_fraction)
+        for verdict in VERDICTS:
+            self.metrics.set("hint", verdict == found.verdict, verdict=verdict)
+        if found.verdict != self._hinted or self.update % WINDOW_UPDATES == 0:
+            log.info("learner.hint", verdict=found.verdict, why=found.sentence, num_updates=found.num_updates)
+        self._hinted = found.verdict
+        return {"wait_fraction": round(found.wait_fraction, 4), "hint": found.verdict}
 
     def _save_bad(self, chosen: Sequence[Chosen], bad: Mapping[int, str], report: StepReport, update: int) -> None:
         """Count an update of which something was not finite, and keep what it was made of."""
@@ -272,6 +327,7 @@ class Leader:
     def close(self) -> None:
         """Send what is still to be sent, and let go."""
         self._inbox.stop()
+        self.waits.close()
         for file in self._logs.values():
             file.close()
         self._fence.close()
@@ -347,7 +403,6 @@ def _make_inbox(run_file: RunFile, identity: Identity) -> Inbox:
         group_size=settings.group_size,
         vocab_size=vocab_size(run_file.model_folder),
         prefetch=settings.groups_per_update,
-        group_timeout_s=settings.group_timeout_s,
         keys=client_keys(run_file, "learner"),
     )
 

@@ -41,6 +41,7 @@ from matpo_learner.deepspeed_ranks import RENDEZVOUS_FILE
 from matpo_learner.leader import Leader
 from matpo_learner.packing import pack_update
 from matpo_learner.records import Stopwatch
+from matpo_learner.waits import Reason, Waits
 
 Start = Literal["auto", "resume", "fresh"]
 KEEP_ALIVE_S = 60.0
@@ -86,18 +87,21 @@ def _lead(
 ) -> None:
     """Groups -> update -> snapshot -> checkpoint."""
     settings = run_file.learner
-    watch = Stopwatch(leader.metrics)
+    watch = Stopwatch(leader.metrics, leader.waits)
     if leader.resumed:
         _tell(engine, "load")
         engine.load(leader.resumed[0])
         log.info("learner.resumed", checkpoint=leader.resumed[0].name, update=engine.num_updates)
-    _publish(engine, leader)
-    leader.open(idle)
+    with leader.waits.on("publish"):
+        _publish(engine, leader)
+    with leader.waits.on("start"):
+        leader.open(idle)
 
     def meanwhile() -> None:
         keep_alive()
         if leader.is_checkpoint_due():
-            _checkpoint(engine, leader)
+            with leader.waits.on("checkpoint"):
+                _checkpoint(engine, leader)
 
     while engine.num_updates < settings.num_updates:
         with watch.phase("wait"):
@@ -117,26 +121,46 @@ def _lead(
             with watch.phase("checkpoint"):
                 _checkpoint(engine, leader)
     if not leader.is_saved:
-        _checkpoint(engine, leader)
+        with leader.waits.on("checkpoint"):
+            _checkpoint(engine, leader)
     log.info("learner.ends", update=engine.num_updates, num_updates=settings.num_updates)
 
 
 def _follow(engine: LearnerEngine, run_file: RunFile) -> None:
     """Do what rank 0 says, until it says stop."""
+    with closing(_waits_of_others(run_file)) as waits:
+        watch = Stopwatch(None, waits)
+        while True:
+            with waits.on("wait"):
+                message = _hear(engine)
+            match message["do"]:
+                case "stop":
+                    return
+                case "load":
+                    engine.load(Path())  # rank 0 reads
+                case "publish":
+                    for _ in engine.tensors():  # rank 0 needs our shards
+                        pass
+                case "checkpoint":
+                    engine.save(Path())  # rank 0 writes
+                case "train":
+                    update(engine, _unpack_batch(message), run_file, watch)
+
+
+def _waits_of_others(run_file: RunFile) -> Waits:
+    """What a rank other than 0 waits for."""
+    rank_0 = Reason(who="rank_0", why="rank 0 has nothing for us yet: its own log says who it waits for")
+    ranks = Reason(who="ranks", why="the ranks train together: the slowest, or one that died. See their logs.")
+    reasons = {"wait": lambda: rank_0, "forward_backward": lambda: ranks}
+    return Waits(reasons, None, warn_after_s=run_file.learner.group_timeout_s)
+
+
+def _hear(engine: LearnerEngine) -> dict[str, Any]:
+    """What rank 0 tells us to do; that it waits itself is nothing to do."""
     while True:
-        message = msgpack.unpackb(engine.broadcast_bytes(None), max_bin_len=2**32 - 1)
-        match message["do"]:
-            case "stop":
-                return
-            case "load":
-                engine.load(Path())  # rank 0 reads
-            case "publish":
-                for _ in engine.tensors():  # rank 0 needs our shards
-                    pass
-            case "checkpoint":
-                engine.save(Path())  # rank 0 writes
-            case "train":
-                update(engine, _unpack_batch(message), run_file, Stopwatch(None))
+        message: dict[str, Any] = msgpack.unpackb(engine.broadcast_bytes(None), max_bin_len=2**32 - 1)
+        if message["do"] != "wait":
+            return message
 
 
 def _tell(engine: LearnerEngine, what: str, **fields: Any) -> None:

@@ -13,7 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from matpo.episode import Group
 from matpo.metrics import Metrics
 from matpo_learner.deepspeed_engine import StepReport
 from matpo_learner.diagnostics import Diagnostics
+from matpo_learner.waits import Waits
 
 BY_ROLE_AND_LAG = {
     "ess_ratio": "ess",
@@ -65,17 +66,18 @@ class JsonLines:
 
 
 class Stopwatch:
-    """Seconds of the current update by phase."""
+    """Seconds of the current update by phase; the watchdog looks at each phase while it lasts."""
 
-    def __init__(self, metrics: Metrics | None) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics | None, waits: Waits | None = None) -> None:
+        self._metrics, self._waits = metrics, waits
         self._spent_s: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the `with` block."""
         began_s = time.monotonic()
-        yield
+        with self._waits.on(name) if self._waits else nullcontext():
+            yield
         took_s = time.monotonic() - began_s
         self._spent_s[name] += took_s
         if self._metrics is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -97,6 +98,48 @@ def evaluate(
         print(f"  {found.num_failed} tasks failed for infrastructure reasons and are not scored")
 
 
+@app.command()
+def replay(
+    run_path: RunPath,
+    journal: Annotated[
+        Path | None, typer.Option(help="A journal folder elsewhere, e.g. copied/journal. Default: that of the run.")
+    ] = None,
+    compare: Annotated[str, typer.Option(help="Several losses on the same data: tis,ppo_clip")] = "",
+    start: Annotated[
+        str, typer.Option(help="base (model.path), v12 (a snapshot), c000020 (a checkpoint), or a model folder.")
+    ] = "base",
+    by_index: Annotated[
+        bool, typer.Option("--by-index", help="Groups by index, not in the order in which the learner trained them.")
+    ] = False,
+    with_eval: Annotated[bool, typer.Option("--eval", help="Also measure the result on held-out tasks.")] = False,
+    out: Annotated[Path | None, typer.Option(help="New folder; default runs/replay-TIME.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Train offline on the episodes that a run recorded: same credit, packing and losses, no broker, no actors.
+
+    With the run's own settings the result is the run's own weights. With --set learner.loss=..., or --compare, it shows
+    what another loss makes of the same data; as nothing is played anew, KL and ESS say how far the data still speak for
+    the replayed policy. Lag is that of the record: update n trains what the live learner trained in its update n.
+
+    The journal is only read, also that of a live or a killed run. A run keeps every episode with
+    broker.keep_consumed = true; otherwise the oldest go once the learner's checkpoints cover them.
+
+    The result: OUT/metrics/learner.jsonl, OUT/model (a model folder), OUT/replay.json, OUT/curves.png.
+    """
+    from matpo_ops import replay as replay_module
+
+    source = replay_module.Source(journal=journal or _load(run_path, sets).journal_folder)
+    folder = out or Path("runs") / f"replay-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    losses = [name.strip() for name in compare.split(",") if name.strip()]
+    runs = {name: _load(run_path, [*(sets or []), f"learner.loss={name}"]) for name in losses}
+    how = replay_module.How(start=start, by_index=by_index, with_eval=with_eval)
+    if runs:
+        figures = replay_module.compare(runs, source, folder, how)
+    else:
+        figures = replay_module.run(_load(run_path, sets), source, folder, how)
+    print("replay: " + json.dumps(figures), flush=True)
+
+
 @app.command("tiny-policy")
 def tiny_policy(
     out: Annotated[Path, typer.Argument(help="Folder to write the policy to.")],
@@ -110,12 +153,14 @@ def tiny_policy(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="sampling, broker, or all.")] = "all",
+    name: Annotated[str, typer.Argument(help="sampling, broker, staleness, or all.")] = "all",
     small: Annotated[bool, typer.Option("--small", help="broker: many 2 kB episodes instead of large ones.")] = False,
     folder: Annotated[
         Path, typer.Option(help="broker: a folder on the disk to measure; a few GiB, removed at the end.")
     ] = Path("runs"),
     keys: Annotated[bool, typer.Option(help="broker: encrypt and authenticate, as between machines.")] = True,
+    lags: Annotated[str, typer.Option(help="staleness: lags to train with.")] = "0,1,2,4,8",
+    losses: Annotated[str, typer.Option(help="staleness: with the correction, and without.")] = "tis,reinforce",
     sets: Sets = None,
 ) -> None:
     """Measure against a peer in the same run; one JSON line each (docs/benchmarks.md). Needs an idle machine."""
@@ -125,10 +170,26 @@ def bench(
     name = f"{name} small" if small else name
     if name != "all" and name not in BENCHMARKS:
         raise ConfigError(f'no benchmark "{name}". Known: all, {", ".join(BENCHMARKS)}.')
-    options = Options(run_file=load_run_file(CONFIGS / "demo.toml", sets or []), folder=folder, keys=keys)
+    path = CONFIGS / "demo.toml"
+    options = Options(
+        run_file=load_run_file(path, sets or []),
+        folder=folder,
+        keys=keys,
+        lags=_numbers("--lags", lags),
+        runs={loss: load_run_file(path, [*(sets or []), f"learner.loss={loss}"]) for loss in losses.split(",")}
+        if name == "staleness"
+        else {},
+    )
     logs.configure(LogSettings(level="warning"), process="bench")
-    for each in BENCHMARKS if name == "all" else [name]:
+    speed = [known for known in BENCHMARKS if known != "staleness"]  # which is a study, and takes its time
+    for each in speed if name == "all" else [name]:
         print(f"bench {each}: " + json.dumps(BENCHMARKS[each](options)), flush=True)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ConfigError(f"{option} {text}: want numbers, for example {option} 0,1,2")
+    return [int(part) for part in text.split(",")]
 
 
 def _load(run_path: Path, sets: list[str] | None) -> RunFile:

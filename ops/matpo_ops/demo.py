@@ -15,6 +15,7 @@ from rich.console import Console
 from matpo.errors import DataError
 from matpo.settings import RunFile, load_run_file
 from matpo.snapshot import newest, version_folder
+from matpo_learner.hint import hint
 from matpo_ops import up
 from matpo_ops.evaluate import Evaluation, evaluate
 from matpo_ops.summary import account, end_of, plot, read_lines
@@ -48,6 +49,8 @@ def run_demo(run_path: Path, overrides: Sequence[str], console: Console) -> dict
     figures = figures_of(run_file, before, after, time.monotonic() - started)
     (folder / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     plot(folder, folder / "curves.png")
+    updates = list(read_lines(folder / "metrics" / "learner.jsonl"))
+    console.print(f"waits     {hint(updates, window=len(updates)).sentence}", highlight=False)
     console.print(f"snapshot  {snapshot}", highlight=False)
     console.print(f"curves    {folder / 'curves.png'}", highlight=False)
     console.print(f"episodes  {run_file.journal_folder}", highlight=False)
@@ -62,9 +65,12 @@ def figures_of(run_file: RunFile, before: Evaluation, after: Evaluation, wall_s:
     return {
         "heldout_before": before.score.triple(),
         "heldout_after": after.score.triple(),
-        "train_reward_end": round(end_of(updates, "reward"), 4),
+        # Without an update there is no mean: a policy that always succeeds has no group with a signal either.
+        "train_reward_end": round(end_of(updates, "reward"), 4) if updates else None,
         "mean_lag_versions": round(sum(u["lag_mean"] for u in updates) / max(len(updates), 1), 4),
         "updates": len(updates),
+        "hint": hint(updates, window=len(updates)).verdict,
+        "wait_fraction": round(hint(updates, window=len(updates)).wait_fraction, 4),
         **ledger.as_json(),
         "wall_s": round(wall_s, 1),
     }

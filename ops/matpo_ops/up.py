@@ -23,6 +23,7 @@ from rich.text import Text
 
 from matpo.errors import MatpoError
 from matpo.settings import RunFile
+from matpo_learner.hint import hint
 from matpo_ops.processes import Fleet, fleet_of
 from matpo_ops.summary import read_lines
 
@@ -44,6 +45,7 @@ class Progress:
     updates: Sequence[dict[str, Any]]
     num_updates: int
     wall_s: float
+    groups_came: int  # before the first update
     states: Sequence[tuple[str, str]]  # (process, state)
 
 
@@ -81,10 +83,13 @@ def read_progress(run_file: RunFile, fleet: Fleet, started_s: float) -> Progress
         code = child.exit_code
         state = "running" if code is None else "finished" if code == 0 else f"exit {code}"
         states.append((child.name, state + (f", restarted {child.num_restarts}x" if child.num_restarts else "")))
+    metrics = run_file.run.folder / "metrics"
+    updates = list(read_lines(metrics / "learner.jsonl"))
     return Progress(
-        updates=list(read_lines(run_file.run.folder / "metrics" / "learner.jsonl")),
+        updates=updates,
         num_updates=run_file.learner.num_updates,
         wall_s=time.monotonic() - started_s,
+        groups_came=0 if updates else sum(1 for _ in read_lines(metrics / "trained.jsonl")),
         states=states,
     )
 
@@ -98,18 +103,11 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(SPARKS[min(int(min(max(v, 0.0), 1.0) * len(SPARKS)), len(SPARKS) - 1)] for v in means)
 
 
-def who_waits(updates: Sequence[dict[str, Any]]) -> str:
+def who_waits(updates: Sequence[dict[str, Any]], groups_came: int = 0) -> str:
     """One sentence on the bottleneck, from the learner's measured waits of the last updates."""
-    recent = updates[-10:]
-    total = sum(_seconds(line) for line in recent)
-    if not total:
-        return "waiting for the first groups"
-    share = sum(line["seconds"].get("wait", 0.0) for line in recent) / total
-    if share > 0.5:
-        return f"the learner waits for groups {share:.0%} of the time: add actors"
-    if share < 0.1:
-        return f"the learner is busy {1 - share:.0%} of the time: it is the bottleneck, more actors will not help"
-    return f"the learner waits for groups {share:.0%} of the time: balanced"
+    if not updates:
+        return f"{groups_came} groups came, no update yet" if groups_came else "waiting for the first groups"
+    return hint(updates).sentence
 
 
 def tokens_per_second(line: dict[str, Any]) -> float:
@@ -127,7 +125,7 @@ def line_of(progress: Progress) -> str:
     return (
         f"update {last['update']}/{progress.num_updates}  reward {last['reward']:.3f}  lag {last['lag_mean']:.2f}"
         f"  grad norm {last['grad_norm']:.2f}  {tokens_per_second(last):.0f} tokens/s"
-        f"  {progress.wall_s:.0f} s"
+        f"  {progress.wall_s:.0f} s  {hint(progress.updates).verdict.replace('_', ' ')}"
     )
 
 
@@ -141,7 +139,7 @@ def panel_of(progress: Progress) -> Group:
         table.add_row("reward", f"{last['reward']:.3f}  {sparkline([u['reward'] for u in progress.updates])}")
         table.add_row("lag", f"mean {last['lag_mean']:.2f}, largest {last['lag_max']} versions")
         table.add_row("trained", f"{tokens_per_second(last):.0f} sampled tokens/s")
-    table.add_row("waits", who_waits(progress.updates))
+    table.add_row("waits", who_waits(progress.updates, progress.groups_came))
     table.add_row("processes", "   ".join(f"{name}: {state}" for name, state in progress.states))
     return Group(Text("matpo up", style="bold"), table)
 

@@ -48,11 +48,16 @@ class Toy(Environment):
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    (tmp_path / "toy.py").write_text(PLUGIN)
+    return run_file_of(tmp_path)
+
+
+def run_file_of(folder: Path) -> Path:
+    """A run file of five updates, its model and its environment."""
+    (folder / "toy.py").write_text(PLUGIN)
     return write_run_file(
-        tmp_path / "run.toml",
-        model=tiny_model(tmp_path / "model"),
-        environment={"name": "toy", "plugin": f"{tmp_path / 'toy.py'}:Toy"},
+        folder / "run.toml",
+        model=tiny_model(folder / "model"),
+        environment={"name": "toy", "plugin": f"{folder / 'toy.py'}:Toy"},
         learner={
             "num_updates": 5,
             "groups_per_update": 2,

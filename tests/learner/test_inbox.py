@@ -168,7 +168,6 @@ def connect() -> Iterator[Callable[..., tuple[ScriptedBroker, Inbox]]]:
             group_size=2,
             vocab_size=10,
             prefetch=prefetch,
-            group_timeout_s=60,
         )
         opened.append((broker, inbox))
         inbox.start()
@@ -282,6 +281,8 @@ def test_a_refusal_for_now_is_asked_again(connect: Connect) -> None:
 
 def test_who_is_waited_for_is_said_in_words(connect: Connect) -> None:
     _, inbox = connect([])
-    assert "matpo-broker" in inbox.waits_for()
+    assert "matpo-broker" in inbox.waits_for().why
     wait_until(lambda: inbox._idle is not None)
-    assert inbox.waits_for() == "actors: none is connected, 2 members are ordered. Start matpo-actor."
+    waits_for = inbox.waits_for()
+    assert waits_for.who == "actors"
+    assert waits_for.why == "actors: none is connected, 2 members are ordered. Start matpo-actor."

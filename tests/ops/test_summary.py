@@ -81,3 +81,14 @@ def test_a_sparkline_rises_with_its_values() -> None:
 def test_the_bottleneck_is_named_from_measured_waits() -> None:
     assert "add actors" in who_waits([{"seconds": {"wait": 9.0, "publish": 1.0}}])
     assert "more actors will not help" in who_waits([{"seconds": {"wait": 0.1, "publish": 9.9}}])
+
+
+def test_a_run_in_which_no_group_has_a_signal_is_accounted_for_and_no_episode_is_lost() -> None:
+    found = compare(ledger(), [line(group, "zero_signal") for group in GROUPS], 2)
+    assert (found.groups_zero_signal, found.groups_trained, found.groups_open) == (4, 0, 0)
+    assert (found.episodes_without_signal, found.episodes_lost, found.episodes_waiting) == (8, 0, 0)
+
+
+def test_groups_that_come_without_a_signal_are_not_called_missing() -> None:
+    assert who_waits([], groups_came=12) == "12 groups came, no update yet"
+    assert who_waits([]) == "waiting for the first groups"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ class Options:
     run_file: RunFile
     folder: Path  # on the disk to measure
     keys: bool = True
+    lags: Sequence[int] = ()  # staleness
+    runs: Mapping[str, RunFile] = field(default_factory=dict)  # staleness: one run file per loss
 
 
 def _sampling(options: Options) -> dict[str, Any]:
@@ -37,8 +39,15 @@ def _broker_small(options: Options) -> dict[str, Any]:
     return broker.run(broker.small, options.folder, keys=options.keys)
 
 
+def _staleness(options: Options) -> dict[str, Any]:
+    from matpo_ops.bench.staleness import staleness
+
+    return staleness(options.runs, options.folder, lags=options.lags)
+
+
 BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "sampling": _sampling,
     "broker": _broker,
     "broker small": _broker_small,
+    "staleness": _staleness,
 }
