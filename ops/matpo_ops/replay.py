@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -118,14 +119,23 @@ def start_of(run_file: RunFile, source: Source, name: str, scratch: Path) -> Sta
         tensors = snapshot.load_tensors(folder, version)
         write_model(scratch / "start", tensors, model_folder=run_file.model_folder, dtype="float32")
         return Start(model=scratch / "start", update=manifest.update)
-    if name[:1] == "c" and name[1:].isdigit():
-        path = source.folder / "checkpoints" / name
+    if re.fullmatch(r"c\d+(-\d+)?", name):
+        path = _checkpoint(source.folder / "checkpoints", name)
         return Start(model=run_file.model_folder, update=checkpoint.verify(path).update, checkpoint=path)
     if not (Path(name) / "config.json").is_file():
         raise ConfigError(f"--start {name}: want base, v12, c000020, or a folder that transformers can load.")
     if snapshot.fingerprint(Path(name)) != snapshot.fingerprint(run_file.model_folder):
         raise ConfigError(f"--start {name} is another model than model.path={run_file.model_folder}.")
     return Start(model=Path(name))
+
+
+def _checkpoint(folder: Path, name: str) -> Path:
+    """A checkpoint by its name, or the newest whose name begins with it. Raises ConfigError without one."""
+    found = sorted(path for path in folder.glob(f"{name}*") if path.name == name or path.name.startswith(f"{name}-"))
+    if not found:
+        kept = ", ".join(sorted(path.name for path in folder.glob("c*"))) or "none"
+        raise ConfigError(f"--start {name}: {folder} has no such checkpoint. It holds: {kept}.")
+    return found[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

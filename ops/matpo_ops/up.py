@@ -156,7 +156,7 @@ def _view(console: Console) -> Iterator[Any]:
         nonlocal shown
         if len(progress.updates) > shown:
             shown = len(progress.updates)
-            console.print(line_of(progress), highlight=False)
+            console.print(line_of(progress), highlight=False, soft_wrap=True)
             sys.stdout.flush()
 
     yield plain
