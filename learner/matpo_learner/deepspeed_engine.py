@@ -34,6 +34,7 @@ from matpo.errors import CheckpointError, ConfigError, MatpoError, SetupError
 from matpo.settings import LearnerSettings
 from matpo_learner import engine_state
 from matpo_learner import loss as losses
+from matpo_learner.attention import PackedAttention
 from matpo_learner.logprobs import load_scorer
 from matpo_learner.packing import MicroBatch, pack_sft
 
@@ -171,8 +172,8 @@ class LearnerEngine:
         position_ids = np.zeros(1, dtype=np.int64) if empty else batch.position_ids
         columns = (torch.as_tensor(c, device=self.device) for c in (token_ids, position_ids))
         targets = (torch.as_tensor(c, device=self.device) for c in (batch.predict_from, batch.target_ids))
-        lengths = [1] if empty else batch.segment_lengths.tolist()
-        logprobs, entropy = self._engine(*columns, lengths, *targets)
+        lengths, rows = ([1], token_ids) if empty else (batch.segment_lengths.tolist(), batch.segment_rows)
+        logprobs, entropy = self._engine(*columns, PackedAttention(lengths, rows, self.device), *targets)
         return logprobs, entropy
 
     def _apply(self) -> float:
