@@ -110,12 +110,15 @@ def tiny_policy(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="sampling, broker, or all.")] = "all",
+    name: Annotated[str, typer.Argument(help="sampling, broker, learner, or all.")] = "all",
     small: Annotated[bool, typer.Option("--small", help="broker: many 2 kB episodes instead of large ones.")] = False,
     folder: Annotated[
         Path, typer.Option(help="broker: a folder on the disk to measure; a few GiB, removed at the end.")
     ] = Path("runs"),
     keys: Annotated[bool, typer.Option(help="broker: encrypt and authenticate, as between machines.")] = True,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="learner: utilisation of a GPU instead of the CPU's ratios.")
+    ] = False,
     sets: Sets = None,
 ) -> None:
     """Measure against a peer in the same run; one JSON line each (docs/benchmarks.md). Needs an idle machine."""
@@ -125,7 +128,7 @@ def bench(
     name = f"{name} small" if small else name
     if name != "all" and name not in BENCHMARKS:
         raise ConfigError(f'no benchmark "{name}". Known: all, {", ".join(BENCHMARKS)}.')
-    options = Options(run_file=load_run_file(CONFIGS / "demo.toml", sets or []), folder=folder, keys=keys)
+    options = Options(run_file=load_run_file(CONFIGS / "demo.toml", sets or []), folder=folder, keys=keys, gpu=gpu)
     logs.configure(LogSettings(level="warning"), process="bench")
     for each in BENCHMARKS if name == "all" else [name]:
         print(f"bench {each}: " + json.dumps(BENCHMARKS[each](options)), flush=True)
@@ -169,7 +172,9 @@ def main() -> None:
         print(f"matpo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        missing = SetupError(f"{error.name} is not installed. Install the extra that has it: pip install 'matpo[all]'.")
+        missing = SetupError(
+            f"{error.name} is not installed. Install the extra that has it: pip install 'matpo[all,bench]'."
+        )
         print(f"matpo: {missing}", file=sys.stderr)
         sys.exit(missing.exit_code)
 

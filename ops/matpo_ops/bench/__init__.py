@@ -17,6 +17,7 @@ class Options:
     run_file: RunFile
     folder: Path  # on the disk to measure
     keys: bool = True
+    gpu: bool = False
 
 
 def _sampling(options: Options) -> dict[str, Any]:
@@ -37,8 +38,19 @@ def _broker_small(options: Options) -> dict[str, Any]:
     return broker.run(broker.small, options.folder, keys=options.keys)
 
 
+def _learner(options: Options) -> dict[str, Any]:
+    if options.gpu:
+        from matpo_ops.bench.learner_gpu import learner_gpu
+
+        return learner_gpu()
+    from matpo_ops.bench.learner import learner
+
+    return learner(options.run_file)
+
+
 BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "sampling": _sampling,
     "broker": _broker,
     "broker small": _broker_small,
+    "learner": _learner,
 }
