@@ -13,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench clean install install-vllm tools format soak
+.PHONY: demo test check bench clean install install-vllm install-bench tools format soak
 
 demo: install $(if $(filter vllm,$(ENGINE)),install-vllm)
 	$(BIN)/matpo demo --engine $(ENGINE)
@@ -31,7 +31,7 @@ check: install
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -q -m "not processes and not vllm and not gpu"
 
-bench: install install-vllm tools
+bench: install install-vllm install-bench tools
 	$(BIN)/matpo bench all
 
 format: install
@@ -43,6 +43,7 @@ clean:
 
 install: .make/installed
 install-vllm: .make/installed-vllm
+install-bench: .make/installed-bench
 
 SUDO := $(shell test "$$(id -u)" = 0 || command -v sudo)
 
@@ -61,6 +62,11 @@ tools:
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@$(PIP) -e '.[all,dev]'
+	@touch $@
+
+.make/installed-bench: .make/installed
+	@echo "installing the benchmarks' peers into $(VENV)"
+	@$(PIP) -e '.[all,dev,bench]'
 	@touch $@
 
 # On a machine with a GPU use vLLM itself: $(BIN)/pip install -c constraints.txt 'matpo[actor-vllm]'.

@@ -365,6 +365,8 @@ class LearnerSettings(Section):
     """Gradients are clipped to this norm."""
     microbatch_tokens: Count = 8192
     """Tokens of one packed micro-batch. Memory, never the result, depends on it."""
+    share_prefixes: bool = True
+    """Compute what several segments of a micro-batch begin with once. Speed, never the result, depends on it."""
     logprob_chunk_tokens: Count = 1024
     """Rows of logits that exist at one time."""
     device: str = "auto"

@@ -30,6 +30,7 @@ from matpo.errors import CheckpointError
 from matpo.settings import LearnerSettings
 from matpo_learner import diagnostics, engine_state, lora
 from matpo_learner import loss as losses
+from matpo_learner.attention import PackedAttention
 from matpo_learner.deepspeed_config import effective_stage, make_config
 from matpo_learner.deepspeed_ranks import Ranks
 from matpo_learner.deepspeed_state import MOMENTS, MasterState
@@ -221,8 +222,9 @@ class LearnerEngine:
         token_ids, position_ids, predict_from, target_ids = (
             torch.as_tensor(one if empty else getattr(batch, name), device=self._ranks.device) for name in names
         )
-        lengths = [1] if empty else batch.segment_lengths.tolist()
-        logprobs, entropy = self._engine(token_ids, position_ids, lengths, predict_from, target_ids)
+        lengths, rows = ([1], one) if empty else (batch.segment_lengths.tolist(), batch.segment_rows)
+        packing = PackedAttention(lengths, rows, self._ranks.device)
+        logprobs, entropy = self._engine(token_ids, position_ids, packing, predict_from, target_ids)
         return logprobs, entropy
 
     def _apply(self) -> float:

@@ -1,70 +1,27 @@
 """Log-probabilities of sampled tokens from packed rows, without leaks and without [T, V] logits.
 
 Rules kept here, each with a test in tests/learner/test_logprobs.py:
-1. No token sees another segment of its row: attention runs segment by segment, positions restart.
+1. No token sees another segment of its row: attention runs segment by segment (matpo_learner.attention).
 2. Logits exist for at most `chunk_tokens` rows at a time, in the forward and in the backward pass, and only at
    positions that predict a sampled token. The backward pass makes them again.
 3. Softmax and logits are float32 (float64 for a float64 model), whatever the weights are.
-
-No mask is built (save for sliding windows): within one segment attention is plainly causal, so memory is O(T) and time
-is the sum of squares of the segments' lengths, not the square of the row's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from matpo.errors import ConfigError
+from matpo_learner.attention import ATTENTION, PackedAttention
 
-ATTENTION = "matpo_packed"
 LAYERS_WITHOUT_LEAK = {"full_attention", "sliding_attention"}
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping")
 """Config keys of models that change logits after the head. We use the head's weight ourselves, so these are refused."""
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,  # [1, heads, T, d]
-    key: Tensor,  # [1, key heads, T, d]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segment_lengths: Sequence[int],
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each segment of one packed row, as transformers calls it. Returns [1, T, heads, d]."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    lengths = list(segment_lengths)
-    rows = [
-        F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_band(q, sliding_window), is_causal=_band(q, sliding_window) is None, scale=scaling
-        )
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return torch.cat(rows, dim=2).transpose(1, 2), None
-
-
-def _band(query: Tensor, window: int | None) -> Tensor | None:
-    """The mask of a sliding-window layer for a segment longer than the window; None where plain causal is the same."""
-    length = query.shape[2]
-    if window is None or length <= window:
-        return None
-    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    return ones.tril() & ones.triu(1 - window)
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
@@ -162,7 +119,7 @@ class Scorer(nn.Module):  # type: ignore[misc]
         self,
         token_ids: Tensor,  # [T]
         position_ids: Tensor,  # [T]
-        segment_lengths: Sequence[int],  # sum = T
+        packing: PackedAttention,  # which segments the T tokens belong to
         predict_from: Tensor,  # [M]
         target_ids: Tensor,  # [M]
     ) -> tuple[Tensor, Tensor]:
@@ -170,11 +127,13 @@ class Scorer(nn.Module):  # type: ignore[misc]
         hidden = self.model.base_model(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
-            segment_lengths=tuple(int(n) for n in segment_lengths),
+            packing=packing,
             use_cache=False,
         ).last_hidden_state
-        logprobs, entropy = self.head(hidden[0].index_select(0, predict_from), target_ids)
-        return logprobs, entropy
+        # Segments that share a prefix often predict the same token from it: one softmax does for all of them.
+        pairs, place = torch.unique(predict_from << 32 | target_ids, return_inverse=True)
+        logprobs, entropy = self.head(hidden[0].index_select(0, pairs >> 32), pairs & 0xFFFFFFFF)
+        return logprobs[place], entropy[place]
 
 
 def load_scorer(

@@ -8,9 +8,12 @@ Rules kept here, each with a test in tests/learner/test_packing.py:
    its own.
 4. A minibatch is whole groups with all their roles. Every rank gets the same number of micro-batches, if need be empty.
 5. The plan depends only on the arguments: each rank makes the whole plan and keeps its share.
+6. With `share_prefixes`, segments of a row that begin with the same tokens hold these once: a row is a prefix tree.
+   Segments that share much are put into one row.
 
 A row holds a segment up to the last sampled token, which is predicted but never read. Targets are stored as
-(row position to predict from, token id), so a segment's first token cannot be predicted from the segment before it.
+(row position to predict from, token id), so a segment's first token cannot be predicted from the segment before it, and
+several segments can predict different tokens from one shared position.
 """
 
 from __future__ import annotations
@@ -25,20 +28,30 @@ from numpy.typing import NDArray
 from matpo.episode import Episode, Group, Segment
 from matpo.errors import EpisodeError
 from matpo.settings import LearnerSettings
+from matpo_learner import prefixes
+from matpo_learner.balance import fill_rows
+
+ATTENTION_TOKENS = 8192
+"""Cost model of a row: at this length a segment's attention costs half of what its other work does. About right for
+hidden sizes of 1024 to 2048; rows are only balanced by it."""
+READS_PER_TOKEN = 4
+"""A row may read shared tokens again in attention so many times as it has room for tokens: this bounds its memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatch:
     """One packed row: T tokens of S segments, M sampled tokens to train. Empty: S = M = T = 0.
 
-    Example, planner [5, 91, 7*, 2*] and worker [5, 44, 8*] (* sampled): token_ids [5, 91, 7, 5, 44],
-    position_ids [0, 1, 2, 0, 1], segment_lengths [3, 2], predict_from [1, 2, 4], target_ids [7, 2, 8],
-    target_segments [0, 0, 1].
+    A token that segments share stands once. Example, planner [5, 91, 7*, 2*] and worker [5, 44, 8*] (* sampled):
+    token_ids [5, 44, 91, 7], position_ids [0, 1, 1, 2], segment_lengths [3, 2], segment_rows [0, 2, 3, 0, 1],
+    predict_from [2, 3, 1], target_ids [7, 2, 8], target_segments [0, 0, 1].
+    Without sharing token_ids is [5, 91, 7, 5, 44], segment_rows 0 to 4.
     """
 
     token_ids: NDArray[np.int64]  # [T]
     position_ids: NDArray[np.int64]  # [T], from 0 in each segment
-    segment_lengths: NDArray[np.int64]  # [S], sum = T
+    segment_lengths: NDArray[np.int64]  # [S], tokens that each segment reads
+    segment_rows: NDArray[np.int64]  # [sum of segment_lengths], row positions of each segment's tokens, in order
     predict_from: NDArray[np.int64]  # [M], row position whose hidden state predicts the target
     target_ids: NDArray[np.int64]  # [M], the sampled token
     target_segments: NDArray[np.int64]  # [M], which of the S segments; a segment's targets are all in one micro-batch
@@ -59,11 +72,6 @@ class MicroBatch:
         """M."""
         return len(self.target_ids)
 
-    @property
-    def segment_ids(self) -> NDArray[np.int64]:
-        """Which of the row's S segments each of the T tokens belongs to."""
-        return np.repeat(np.arange(len(self.segment_lengths)), self.segment_lengths)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Piece:
@@ -73,6 +81,11 @@ class _Piece:
     targets: NDArray[np.int64]  # positions of sampled tokens in the segment
     advantage: float
     weight: float
+
+    @property
+    def read(self) -> NDArray[np.int32]:
+        """The tokens that are read: all before the last target."""
+        return self.segment.token_ids[: self.targets[-1]]
 
     @property
     def length(self) -> int:
@@ -171,53 +184,68 @@ def _episode_pieces(episode: Episode, *, advantage: float, weight: float) -> lis
 def _rows(
     pieces: list[_Piece], settings: LearnerSettings, roles: tuple[str, ...], version: int, rank: int, world_size: int
 ) -> list[MicroBatch]:
-    bins = fill_bins([piece.length for piece in pieces], settings.microbatch_tokens, world_size)
+    units = _units(pieces, settings, world_size)
+    sizes = [max(unit.num_tokens, unit.num_reads // READS_PER_TOKEN) for unit in units]
+    rows = fill_rows(sizes, [unit.cost for unit in units], settings.microbatch_tokens, world_size)
     role_ids = {role: index for index, role in enumerate(roles)}
-    return [_row([pieces[i] for i in members], roles, role_ids, version) for members in bins[rank::world_size]]
+    return [
+        _row([piece for i in members for piece in units[i].pieces], settings.share_prefixes, roles, role_ids, version)
+        for members in rows[rank::world_size]
+    ]
 
 
-def fill_bins(lengths: Sequence[int], capacity: int, world_size: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`, the same number of bins (at least one) for each rank.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Unit:
+    """Pieces that go into one row together."""
 
-    Rank r takes bins[r::world_size]. First-fit decreasing says how few bins do; then, if it can be done within
-    `capacity`, the same items are spread evenly (longest first into the emptiest), so that no rank waits for another.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        spot = next((b for b, free in enumerate(room) if free >= lengths[i]), None)
-        if spot is None:
-            bins.append([])
-            room.append(capacity)
-            spot = len(bins) - 1
-        bins[spot].append(i)
-        room[spot] -= lengths[i]
-    num_bins = max(-(-len(bins) // world_size), 1) * world_size
-    even: list[list[int]] = [[] for _ in range(num_bins)]
-    load = [0] * num_bins
-    for i in order:
-        spot = min(range(num_bins), key=load.__getitem__)
-        even[spot].append(i)
-        load[spot] += lengths[i]
-    if all(total <= capacity or len(members) == 1 for total, members in zip(load, even, strict=True)):
-        return even
-    return bins + [[] for _ in range(num_bins - len(bins))]
+    pieces: list[_Piece]
+    num_tokens: int  # shared ones once
+
+    @property
+    def num_reads(self) -> int:
+        return sum(piece.length for piece in self.pieces)
+
+    @property
+    def cost(self) -> float:
+        return self.num_tokens + sum(piece.length**2 for piece in self.pieces) / (2 * ATTENTION_TOKENS)
 
 
-def _row(pieces: list[_Piece], roles: tuple[str, ...], role_ids: dict[str, int], version: int) -> MicroBatch:
-    lengths = np.array([piece.length for piece in pieces], dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
+def _units(pieces: list[_Piece], settings: LearnerSettings, world_size: int) -> list[_Unit]:
+    """Single pieces, or families of those that share a prefix, small enough for rows to be full and even."""
+    if not settings.share_prefixes:
+        return [_Unit(pieces=[piece], num_tokens=piece.length) for piece in pieces]
+    lengths = [piece.length for piece in pieces]
+    whole = prefixes.tree([piece.read for piece in pieces])
+    limit = min(settings.microbatch_tokens // 2, (sum(lengths) - sum(whole.shared)) // (4 * world_size))
+    units = []
+    for family in prefixes.families(whole, lengths, limit):
+        members = [pieces[i] for i in family]
+        shared = prefixes.tree([piece.read for piece in members]).shared
+        units.append(_Unit(pieces=members, num_tokens=sum(piece.length for piece in members) - sum(shared)))
+    return units
+
+
+def _row(
+    pieces: list[_Piece], share: bool, roles: tuple[str, ...], role_ids: dict[str, int], version: int
+) -> MicroBatch:
+    lengths = [piece.length for piece in pieces]
+    reads = [piece.read for piece in pieces]
+    order = prefixes.tree(reads) if share else prefixes.Tree(order=list(range(len(pieces))), shared=[0] * len(pieces))
+    num_tokens, places = prefixes.places(order, lengths)
+    token_ids, position_ids = np.zeros(num_tokens, dtype=np.int64), np.zeros(num_tokens, dtype=np.int64)
+    for place, read in zip(places, reads, strict=True):
+        token_ids[place], position_ids[place] = read, np.arange(len(read))
     counts = [len(piece.targets) for piece in pieces]
 
     def at_targets(name: str) -> list[NDArray[np.generic]]:
         return [getattr(piece.segment, name)[piece.targets] for piece in pieces]
 
     return MicroBatch(
-        token_ids=_join([p.segment.token_ids[: p.length] for p in pieces], np.int64),
-        position_ids=_join([np.arange(length) for length in lengths], np.int64),
-        segment_lengths=lengths,
-        predict_from=_join([p.targets - 1 + start for p, start in zip(pieces, starts, strict=True)], np.int64),
+        token_ids=token_ids,
+        position_ids=position_ids,
+        segment_lengths=np.array(lengths, dtype=np.int64),
+        segment_rows=_join(places, np.int64),
+        predict_from=_join([place[p.targets - 1] for p, place in zip(pieces, places, strict=True)], np.int64),
         target_ids=_join(at_targets("token_ids"), np.int64),
         target_segments=np.repeat(np.arange(len(pieces)), counts).astype(np.int64),
         advantages=np.repeat([p.advantage for p in pieces], counts).astype(np.float32),

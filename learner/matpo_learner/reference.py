@@ -17,6 +17,7 @@ from torch import Tensor
 
 from matpo.errors import ConfigError
 from matpo.settings import LearnerSettings
+from matpo_learner.attention import PackedAttention
 from matpo_learner.logprobs import load_scorer
 from matpo_learner.packing import MicroBatch
 
@@ -43,12 +44,11 @@ class Reference:
         """Log-prob of each of the batch's M targets, nats; float32, [M]."""
         if not batch.num_targets:
             return torch.zeros(0, device=self._device)
-        rows = (batch.token_ids, batch.position_ids)
-        targets = (batch.predict_from, batch.target_ids)
+        names = ("token_ids", "position_ids", "predict_from", "target_ids")
+        tokens, positions, predict_from, targets = (
+            torch.as_tensor(getattr(batch, name), device=self._device) for name in names
+        )
+        packing = PackedAttention(batch.segment_lengths.tolist(), batch.segment_rows, self._device)
         with torch.no_grad():
-            logprobs, _ = self._scorer(
-                *(torch.as_tensor(column, device=self._device) for column in rows),
-                batch.segment_lengths.tolist(),
-                *(torch.as_tensor(column, device=self._device) for column in targets),
-            )
+            logprobs, _ = self._scorer(tokens, positions, packing, predict_from, targets)
         return torch.as_tensor(logprobs, dtype=torch.float32)

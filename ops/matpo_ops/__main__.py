@@ -153,12 +153,15 @@ def tiny_policy(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="sampling, broker, staleness, or all.")] = "all",
+    name: Annotated[str, typer.Argument(help="sampling, broker, learner, staleness, or all.")] = "all",
     small: Annotated[bool, typer.Option("--small", help="broker: many 2 kB episodes instead of large ones.")] = False,
     folder: Annotated[
         Path, typer.Option(help="broker: a folder on the disk to measure; a few GiB, removed at the end.")
     ] = Path("runs"),
     keys: Annotated[bool, typer.Option(help="broker: encrypt and authenticate, as between machines.")] = True,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="learner: utilisation of a GPU instead of the CPU's ratios.")
+    ] = False,
     lags: Annotated[str, typer.Option(help="staleness: lags to train with.")] = "0,1,2,4,8",
     losses: Annotated[str, typer.Option(help="staleness: with the correction, and without.")] = "tis,reinforce",
     sets: Sets = None,
@@ -175,6 +178,7 @@ def bench(
         run_file=load_run_file(path, sets or []),
         folder=folder,
         keys=keys,
+        gpu=gpu,
         lags=_numbers("--lags", lags),
         runs={loss: load_run_file(path, [*(sets or []), f"learner.loss={loss}"]) for loss in losses.split(",")}
         if name == "staleness"
@@ -230,7 +234,9 @@ def main() -> None:
         print(f"matpo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        missing = SetupError(f"{error.name} is not installed. Install the extra that has it: pip install 'matpo[all]'.")
+        missing = SetupError(
+            f"{error.name} is not installed. Install the extra that has it: pip install 'matpo[all,bench]'."
+        )
         print(f"matpo: {missing}", file=sys.stderr)
         sys.exit(missing.exit_code)
 

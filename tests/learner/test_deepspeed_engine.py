@@ -19,6 +19,7 @@ from torch import Tensor
 
 from matpo.errors import CheckpointError
 from matpo.schema import write_episodes
+from matpo_learner.attention import PackedAttention
 from matpo_learner.deepspeed_engine import LearnerEngine
 from matpo_learner.logprobs import load_scorer
 from matpo_learner.packing import pack_sft, pack_update
@@ -96,7 +97,16 @@ def _assert_same(found, want, atol):
         )
 
 
-@pytest.mark.parametrize("change", [{"microbatch_tokens": 30}, {"microbatch_tokens": 1}, {"logprob_chunk_tokens": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"microbatch_tokens": 30},
+        {"microbatch_tokens": 1},
+        {"logprob_chunk_tokens": 3},
+        {"share_prefixes": False},
+        {"activation_checkpointing": True},
+    ],
+)
 @pytest.mark.parametrize(
     "objective",
     [
@@ -203,7 +213,11 @@ def test_gradient_is_the_weighted_sum_over_every_micro_batch(engine, groups, tin
     for row in rows:
         t = torch.as_tensor
         log_pi, _ = scorer(
-            t(row.token_ids), t(row.position_ids), row.segment_lengths.tolist(), t(row.predict_from), t(row.target_ids)
+            t(row.token_ids),
+            t(row.position_ids),
+            PackedAttention(row.segment_lengths.tolist(), row.segment_rows),
+            t(row.predict_from),
+            t(row.target_ids),
         )
         for i in range(row.num_targets):
             a, w, x = float(row.advantages[i]), float(row.weights[i]), log_pi[i] - float(row.mu[i])

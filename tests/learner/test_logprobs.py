@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from matpo.errors import ConfigError
 from matpo_learner import loss as losses
-from matpo_learner.logprobs import ATTENTION, Head, Scorer, load_scorer
+from matpo_learner.attention import ATTENTION, PackedAttention
+from matpo_learner.logprobs import Head, Scorer, load_scorer
 from matpo_learner.packing import pack_sft, pack_update
 
 
@@ -23,7 +26,7 @@ def _score(scorer, batch):
     return scorer(
         t(batch.token_ids),
         t(batch.position_ids),
-        batch.segment_lengths.tolist(),
+        PackedAttention(batch.segment_lengths.tolist(), batch.segment_rows),
         t(batch.predict_from),
         t(batch.target_ids),
     )
@@ -31,7 +34,10 @@ def _score(scorer, batch):
 
 def _rows(random_groups, settings, seed=1, **changes):
     groups = random_groups(seed, num_groups=3, group_size=2)
-    return pack_sft([e for g in groups for e in g.episodes], settings(microbatch_tokens=200, **changes))
+    return pack_sft(
+        [e for g in groups for e in g.episodes],
+        settings(**{"microbatch_tokens": 200, "share_prefixes": False} | changes),
+    )
 
 
 def _all_float64(scorer):
@@ -48,15 +54,13 @@ def _all_float64(scorer):
 def _naive(folder, row):
     """Each segment alone through transformers' own sdpa model, full logits. Returns log-probs and entropies."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
-    start, logprobs, entropies = 0, [], []
-    for length in row.segment_lengths:
-        logs = model(input_ids=torch.as_tensor(row.token_ids[start : start + length])[None]).logits[0].log_softmax(-1)
-        here = (row.predict_from >= start) & (row.predict_from < start + length)
-        at = torch.as_tensor(row.predict_from[here] - start)
-        logprobs.append(logs[at, torch.as_tensor(row.target_ids[here])])
-        entropies.append(-(logs[at].exp() * logs[at]).sum(-1))
-        start += length
-    return model, torch.cat(logprobs), torch.cat(entropies)
+    by_place = {}
+    for segment in np.split(row.segment_rows, np.cumsum(row.segment_lengths)[:-1]):
+        logs = model(input_ids=torch.as_tensor(row.token_ids[segment])[None]).logits[0].log_softmax(-1)
+        by_place |= {int(place): logs[i] for i, place in enumerate(segment)}
+    at = [by_place[int(place)] for place in row.predict_from]
+    logprobs = [logs[token] for logs, token in zip(at, row.target_ids, strict=True)]
+    return model, torch.stack(logprobs), torch.stack([-(logs.exp() * logs).sum() for logs in at])
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
@@ -121,18 +125,20 @@ def test_entropy_has_no_gradient_and_keeps_nothing_unless_asked_for(tiny_model, 
         with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.shape) or t, lambda t: t):
             _, entropy = _score(scorer, row)
         assert entropy.requires_grad == asked
-        kept[asked] = sizes
-    assert len(kept[True]) == len(kept[False]) + 1
+        kept[asked] = Counter(sizes)
+    assert not kept[False] - kept[True]
+    # The entropies, and which of them each target has.
+    assert all(len(shape) == 1 and shape[0] <= row.num_targets for shape in (kept[True] - kept[False]).elements())
 
 
 def test_changing_one_segment_changes_no_bit_of_another(tiny_model, random_groups, make_settings):
     (row,) = _rows(random_groups, make_settings)
     scorer = _scorer(tiny_model, dtype=torch.float32)
     before, _ = _score(scorer, row)
-    first = int(row.segment_lengths[0])
-    row.token_ids[:first] = (row.token_ids[:first] + 1) % 64
+    own = row.segment_rows[: row.segment_lengths[0]]
+    row.token_ids[own] = (row.token_ids[own] + 1) % 64
     after, _ = _score(scorer, row)
-    elsewhere = torch.as_tensor(row.predict_from >= first)
+    elsewhere = torch.as_tensor(~np.isin(row.predict_from, own))
     assert torch.equal(before[elsewhere], after[elsewhere])
     assert not torch.equal(before[~elsewhere], after[~elsewhere])
 
@@ -254,7 +260,8 @@ def test_sliding_window_layers_see_only_their_window(tmp_path):
     want = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
     scorer = _scorer(tmp_path)
     two = torch.cat([ids, ids])
-    found, _ = scorer(two, torch.arange(11).repeat(2), [11, 11], torch.arange(11, 21), ids[1:])
+    packing = PackedAttention([11, 11], np.arange(22))
+    found, _ = scorer(two, torch.arange(11).repeat(2), packing, torch.arange(11, 21), ids[1:])
     torch.testing.assert_close(found, want, atol=1e-10, rtol=0)
 
 

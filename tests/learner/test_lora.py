@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from matpo import snapshot
 from matpo.errors import CheckpointError, ConfigError
 from matpo_learner import lora
+from matpo_learner.attention import PackedAttention
 from matpo_learner.deepspeed_engine import LearnerEngine
 from matpo_learner.logprobs import load_scorer
 from matpo_learner.packing import pack_sft, pack_update
@@ -76,13 +77,12 @@ def test_a_merged_snapshot_gives_the_log_probs_of_the_learner(
     (row, *rest) = pack_sft([episode for group in groups for episode in group.episodes], trained.settings)
     assert rest == []
     found = torch.from_numpy(trained.log_probs([row])[0])
-    wanted, at = [], 0
-    for length in row.segment_lengths.tolist():
-        logits = served(torch.from_numpy(row.token_ids[None, at : at + length])).logits[0].log_softmax(-1)
-        here = (row.predict_from >= at) & (row.predict_from < at + length)
-        wanted.append(logits[row.predict_from[here] - at, row.target_ids[here]])
-        at += length
-    torch.testing.assert_close(found, torch.cat(wanted), atol=1e-5, rtol=0)
+    wanted = torch.empty(row.num_targets)
+    for number, place in enumerate(np.split(row.segment_rows, np.cumsum(row.segment_lengths)[:-1])):
+        logits = served(torch.from_numpy(row.token_ids[None, place])).logits[0].log_softmax(-1)
+        here = np.flatnonzero(row.target_segments == number)
+        wanted[here] = logits[row.position_ids[row.predict_from[here]], row.target_ids[here]]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     plain = engine(base, lora=None)
     assert np.abs(plain.log_probs([row])[0] - found.numpy()).max() > 1e-2  # training moved the model at all
 
@@ -97,9 +97,8 @@ def test_the_gradient_of_the_adapters_is_that_of_plain_autograd(engine, groups, 
     rows = pack_sft([e for g in groups for e in g.episodes], trained.settings)
     for row in rows:
         t = torch.as_tensor
-        log_pi, _ = scorer(
-            t(row.token_ids), t(row.position_ids), row.segment_lengths.tolist(), t(row.predict_from), t(row.target_ids)
-        )
+        packing = PackedAttention(row.segment_lengths.tolist(), row.segment_rows)
+        log_pi, _ = scorer(t(row.token_ids), t(row.position_ids), packing, t(row.predict_from), t(row.target_ids))
         (-(t(row.weights) * log_pi).sum()).backward()
     layer = trained._scorer.model.model.layers[1].mlp.up_proj
     a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from matpo.episode import Group
 from matpo.errors import EpisodeError
 from matpo.settings import LearnerSettings
-from matpo_learner.packing import fill_bins, pack_sft, pack_update
+from matpo_learner.packing import READS_PER_TOKEN, pack_sft, pack_update
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "two_episodes.json").read_text())
 SEEDS = st.integers(0, 10_000)
@@ -36,14 +36,18 @@ def _all_ranks(groups, settings, world_size):
     return [[batch for plan in plans for batch in plan[step]] for step in range(settings.num_minibatches)]
 
 
+def _segments(batch):
+    """Row positions of each segment's tokens."""
+    return np.split(batch.segment_rows, np.cumsum(batch.segment_lengths)[:-1]) if len(batch.segment_lengths) else []
+
+
 def _targets(batches):
     """Every trained token as (context, token, advantage, mu, weight, lag, role)."""
     rows = []
     for b in batches:
-        starts = np.cumsum(b.segment_lengths) - b.segment_lengths
+        paths = {rows[-1]: rows for segment in _segments(b) for rows in (segment[: n + 1] for n in range(len(segment)))}
         for i, position in enumerate(b.predict_from):
-            start = starts[b.segment_ids[position]]
-            context = tuple(b.token_ids[start : position + 1].tolist())
+            context = tuple(b.token_ids[paths[position]].tolist())
             weight, role = round(float(b.weights[i]), 9), b.roles[b.role_ids[i]]
             rows.append(
                 (context, int(b.target_ids[i]), float(b.advantages[i]), float(b.mu[i]), weight, int(b.lags[i]), role)
@@ -85,10 +89,12 @@ def _loop(groups, denominator, constant_tokens=1024):
     denominator=st.sampled_from(["episode", "token", "constant"]),
     world_size=st.integers(1, 3),
     room=st.integers(1, 90),
+    vocabulary=st.sampled_from([2, 64]),  # of two tokens: much is shared
+    share=st.booleans(),
 )
-def test_packed_tokens_equal_a_plain_loop(random_groups, seed, denominator, world_size, room):
-    groups = random_groups(seed, num_groups=3, group_size=2)
-    settings = _settings(denominator=denominator, microbatch_tokens=room)
+def test_packed_tokens_equal_a_plain_loop(random_groups, seed, denominator, world_size, room, vocabulary, share):
+    groups = random_groups(seed, num_groups=3, group_size=2, vocabulary=vocabulary)
+    settings = _settings(denominator=denominator, microbatch_tokens=room, share_prefixes=share)
     (step,) = _all_ranks(groups, settings, world_size)
     assert _targets(step) == _loop(groups, denominator)
 
@@ -167,39 +173,61 @@ def test_minibatches_hold_whole_groups_with_all_their_roles(random_groups, seed,
         )
 
 
-@given(seed=SEEDS, world_size=st.integers(1, 4), room=st.integers(1, 60))
-def test_rows_keep_their_limit_and_every_rank_has_the_same_number(random_groups, seed, world_size, room):
-    groups = random_groups(seed, num_groups=2, group_size=2)
+@given(seed=SEEDS, world_size=st.integers(1, 4), room=st.integers(1, 60), vocabulary=st.sampled_from([2, 64]))
+def test_rows_keep_their_limit_and_every_rank_has_the_same_number(random_groups, seed, world_size, room, vocabulary):
+    groups = random_groups(seed, num_groups=2, group_size=2, vocabulary=vocabulary)
     settings = _settings(microbatch_tokens=room)
     plans = [
         pack_update(groups, _advantages(groups), settings, version=0, rank=r, world_size=world_size)[0]
         for r in range(world_size)
     ]
     assert len({len(plan) for plan in plans}) == 1
-    assert all(b.num_tokens <= room or len(b.segment_lengths) == 1 for plan in plans for b in plan)
+    for b in [b for plan in plans for b in plan if len(b.segment_lengths) > 1]:
+        assert b.num_tokens <= room
+        assert len(b.segment_rows) < (room + 1) * READS_PER_TOKEN * len(b.segment_lengths)
 
 
-@given(lengths=st.lists(st.integers(1, 50), max_size=40), capacity=st.integers(1, 80), world_size=st.integers(1, 4))
-def test_bins_hold_every_item_once(lengths, capacity, world_size):
-    bins = fill_bins(lengths, capacity, world_size)
-    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
-    assert len(bins) % world_size == 0
-    assert bins
+@given(seed=SEEDS)
+def test_a_token_stands_once_in_a_row_if_and_only_if_all_before_it_is_shared(random_groups, seed):
+    groups = random_groups(seed, num_groups=2, group_size=3, vocabulary=3)
+    (shared,) = pack_update(groups, _advantages(groups), _settings(microbatch_tokens=10_000), version=0)
+    apart = _settings(microbatch_tokens=10_000, share_prefixes=False)
+    (plain,) = pack_update(groups, _advantages(groups), apart, version=0)
+    assert len(shared) == len(plain) == 1
+    contexts = {
+        tuple(plain[0].token_ids[segment[: n + 1]].tolist())
+        for segment in _segments(plain[0])
+        for n in range(len(segment))
+    }
+    assert shared[0].num_tokens == len(contexts) < plain[0].num_tokens
+    assert all((shared[0].position_ids[s] == np.arange(len(s))).all() for s in _segments(shared[0]))
 
 
-def test_bins_are_as_even_as_whole_segments_allow():
-    loads = [sum([30, 20, 10, 10, 5, 5][i] for i in members) for members in fill_bins([30, 20, 10, 10, 5, 5], 100, 2)]
-    assert loads == [40, 40]
+def test_segments_of_a_group_that_share_a_prompt_are_put_into_one_row(make_segment, make_episode):
+    groups = []
+    for g in range(4):
+        prompt = [g, *range(10, 40)]
+        episodes = [
+            make_episode(
+                f"g{g}", k, [make_segment(0, "planner", token_ids=[*prompt, 50 + k, 60], sampled=[31, 32])], 1.0
+            )
+            for k in range(4)
+        ]
+        groups.append(Group(id=f"g{g}", episodes=episodes))
+    (rows,) = pack_update(groups, _advantages(groups), _settings(microbatch_tokens=80, group_size=4), version=0)
+    assert sum(b.num_tokens for b in rows) == 4 * (31 + 4)
+    assert len(rows) == 2
 
 
 def test_positions_restart_and_first_tokens_are_no_targets(make_segment, make_episode):
     planner = make_segment(0, "planner", token_ids=[5, 91, 7, 2], sampled=[2, 3])
     worker = make_segment(1, "worker", token_ids=[5, 44, 8], sampled=[2])
     group = Group(id="g", episodes=[make_episode("g", 0, [planner, worker], 1.0)])
-    ((row,),) = pack_update([group], [np.array([1.0])], _settings(), version=3)
+    ((row,),) = pack_update([group], [np.array([1.0])], _settings(share_prefixes=False), version=3)
     assert row.token_ids.tolist() == [5, 91, 7, 5, 44]
     assert row.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert row.segment_lengths.tolist() == [3, 2]
+    assert row.segment_rows.tolist() == [0, 1, 2, 3, 4]
     assert row.predict_from.tolist() == [1, 2, 4]
     assert row.target_ids.tolist() == [7, 2, 8]
     assert row.target_segments.tolist() == [0, 0, 1]
@@ -213,7 +241,9 @@ def test_every_target_knows_its_segment_and_a_segment_is_whole_in_one_row(random
     (rows,) = _all_ranks(groups, _settings(microbatch_tokens=room), 2)
     found = []
     for row in rows:
-        assert row.target_segments.tolist() == row.segment_ids[row.predict_from].tolist()
+        segments = np.split(row.segment_rows, np.cumsum(row.segment_lengths)[:-1])
+        for segment, place in zip(row.target_segments, row.predict_from, strict=True):
+            assert place in segments[segment]
         found += np.bincount(row.target_segments, minlength=len(row.segment_lengths)).tolist()
     want = [s.num_sampled for g in groups for e in g.episodes for s in e.segments if s.trainable and s.num_sampled]
     assert sorted(found) == sorted(want)
@@ -224,6 +254,20 @@ def test_advantage_that_is_not_finite_is_refused(random_groups, bad):
     groups = random_groups(1, num_groups=1, group_size=2)
     with pytest.raises(ValueError, match=r"group g-0: advantages .* are not all finite"):
         pack_update(groups, [np.array([bad, 0.0])], _settings(), version=0)
+
+
+def test_shared_tokens_stand_once_and_predict_what_each_segment_sampled(make_segment, make_episode):
+    planner = make_segment(0, "planner", token_ids=[5, 91, 7, 2], sampled=[2, 3])
+    worker = make_segment(1, "worker", token_ids=[5, 44, 8], sampled=[2])
+    group = Group(id="g", episodes=[make_episode("g", 0, [planner, worker], 1.0)])
+    ((row,),) = pack_update([group], [np.array([1.0])], _settings(), version=3)
+    assert row.token_ids.tolist() == [5, 44, 91, 7]
+    assert row.position_ids.tolist() == [0, 1, 1, 2]
+    by_role = {row.roles[row.role_ids[i]]: int(row.target_ids[i]) for i in range(3)}
+    assert by_role == {"planner": 2, "worker": 8}
+    assert _targets([row]) == _targets(
+        pack_update([group], [np.array([1.0])], _settings(share_prefixes=False), version=3)[0]
+    )
 
 
 def test_sampled_first_token_is_refused(make_segment, make_episode):

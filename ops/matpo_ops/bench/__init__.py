@@ -17,6 +17,7 @@ class Options:
     run_file: RunFile
     folder: Path  # on the disk to measure
     keys: bool = True
+    gpu: bool = False
     lags: Sequence[int] = ()  # staleness
     runs: Mapping[str, RunFile] = field(default_factory=dict)  # staleness: one run file per loss
 
@@ -39,6 +40,16 @@ def _broker_small(options: Options) -> dict[str, Any]:
     return broker.run(broker.small, options.folder, keys=options.keys)
 
 
+def _learner(options: Options) -> dict[str, Any]:
+    if options.gpu:
+        from matpo_ops.bench.learner_gpu import learner_gpu
+
+        return learner_gpu()
+    from matpo_ops.bench.learner import learner
+
+    return learner(options.run_file)
+
+
 def _staleness(options: Options) -> dict[str, Any]:
     from matpo_ops.bench.staleness import staleness
 
@@ -49,5 +60,6 @@ BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "sampling": _sampling,
     "broker": _broker,
     "broker small": _broker_small,
+    "learner": _learner,
     "staleness": _staleness,
 }
