@@ -57,7 +57,7 @@ UPDATES_PER_KILL = 8  # more than one life can do
 GROUPS_PER_UPDATE = 2
 GROUP_SIZE = 2
 INSTANTS = ("start", "step", "publish", "published", "checkpoint", "committed")
-NOT_REPEATED = {"version", "time_s", "seconds"}  # of a line of learner.jsonl
+NOT_REPEATED = {"version", "time_s", "seconds", "by_role_and_lag", "engine_gap"}  # of a line of learner.jsonl
 
 PLUGIN = """
 from matpo import Environment, Task
