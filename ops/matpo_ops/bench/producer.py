@@ -46,6 +46,7 @@ class Spec:
     payload_bytes: int
     window: int  # episodes on the way, of each connection
     connections: int = 1
+    certificate: str = ""  # redis: use TLS, and trust this file
     trim: bool = True  # redis: keep only the newest entries; no consumer does it
 
 
