@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from matpo import logs
 from matpo.errors import ProtocolError, RefusedError, TryAgainError
 from matpo.metrics import Metrics
 from matpo.wire import AnyMessage, Stored, StoreEpisode
 
-NUM_SENDERS = 8  # requests in flight: enough to share the broker's fsync, few enough to be kind to it
+MAX_ON_WAY = 64  # episodes without an answer: enough to share messages and the broker's fsync
 log = logs.get()
 
 Request = Callable[[StoreEpisode, bytes], Awaitable[tuple[AnyMessage, bytes]]]
@@ -46,10 +47,9 @@ class Outbox:
         self._on_change = on_change
         self._on_refused = on_refused
         self._items: dict[str, tuple[StoreEpisode, bytes]] = {}
-        self._window = (max_bytes, NUM_SENDERS)  # bytes and episodes
+        self._window = (max_bytes, MAX_ON_WAY)  # bytes and episodes
         self._sent_bytes = self._num_sent = 0  # and not answered yet
-        self._room = asyncio.Condition()
-        self._next = asyncio.Lock()
+        self._left = asyncio.Event()  # something of that has been answered
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -71,7 +71,7 @@ class Outbox:
 
     def set_window(self, num_bytes: int, num_episodes: int) -> None:
         """The broker's credit: what may be on its way without an answer. Counts from the next send on."""
-        self._window = (num_bytes, num_episodes)
+        self._window = (num_bytes, min(num_episodes, MAX_ON_WAY))
 
     def put(self, message: StoreEpisode, payload: bytes) -> None:
         """Take a finished episode."""
@@ -86,8 +86,15 @@ class Outbox:
         for episode in self._items:
             self._waiting.put_nowait(episode)
         async with asyncio.TaskGroup() as senders:
-            for _ in range(NUM_SENDERS):
-                senders.create_task(self._send_all())
+            while True:  # in order: a large one would wait for ever behind small ones that still fit
+                message, payload = self._items[await self._waiting.get()]
+                while not self._has_room(len(payload)):
+                    self._left.clear()
+                    await self._left.wait()
+                self._sent_bytes += len(payload)
+                self._num_sent += 1
+                sending = senders.create_task(self._send(message, payload))
+                sending.add_done_callback(partial(self._answered, len(payload)))
 
     async def flush(self) -> None:
         """Send until nothing is left. Cancel it to give up; not while `run` is running."""
@@ -102,22 +109,10 @@ class Outbox:
             empty.cancel()
             await asyncio.gather(sending, empty, return_exceptions=True)
 
-    async def _send_all(self) -> None:
-        while True:
-            async with self._next:  # in order: a large one would wait for ever behind small ones that still fit
-                message, payload = self._items[await self._waiting.get()]
-                async with self._room:
-                    while not self._has_room(len(payload)):
-                        await self._room.wait()
-                    self._sent_bytes += len(payload)
-                    self._num_sent += 1
-            try:
-                await self._send(message, payload)
-            finally:
-                self._sent_bytes -= len(payload)
-                self._num_sent -= 1
-            async with self._room:
-                self._room.notify_all()
+    def _answered(self, num_bytes: int, _: object) -> None:
+        self._sent_bytes -= num_bytes
+        self._num_sent -= 1
+        self._left.set()
 
     def _has_room(self, num_bytes: int) -> bool:
         max_bytes, max_episodes = self._window

@@ -5,12 +5,14 @@ Rules kept here; each has a test in tests/broker/test_server.py:
 2. Who is behind a message is its key and its connection, never what it says of itself.
 3. A peer says only what its role may say, on its role's port.
 4. A damaged payload costs its own member only: it is played again.
+5. The episodes of a bundle are judged one by one, and answered together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from matpo import logs, wire
@@ -35,7 +37,7 @@ log = logs.get()
 
 Port = Literal["actor", "learner"]
 Address = tuple[Port, bytes]  # the socket, and the routing id that ROUTER gave the connection
-Reply = tuple[Address, wire.AnyMessage, bytes]
+Reply = tuple[Address, Sequence[wire.AnyMessage], bytes]  # one message, or the answers to a bundle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +52,9 @@ class Received:
     error: ProtocolError | RefusedError | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Peer:
-    """One connection that said hello. `key` names its process in the ledger."""
+    """One connection that said hello. `key` names its process in the ledger; `heard_s` follows its messages."""
 
     hello: wire.Hello
     key: str
@@ -82,12 +84,32 @@ class Dispatch:
         self._peers: dict[Address, Peer] = {}
         self._parked: dict[tuple[Address, str], Parked] = {}  # by peer and kind, oldest first
         self._counters: dict[str, int] = {}
+        self._put_bytes = 0
+        self._put_results: Counter[str] = Counter()  # of this turn's episodes: counted together, they are many
         self._draining = False
 
     # ---- for the loop
 
-    def take(self, received: Received, now_s: float) -> None:
-        """Decide about one message."""
+    @property
+    def bundle_episodes(self) -> int:
+        """How many episodes one message may carry: with durability "always" each is a turn of its own."""
+        return 1 if self._settings.durability == "always" else wire.MAX_BUNDLE
+
+    def take(self, together: Sequence[Received], now_s: float) -> None:
+        """Decide about one message, or about those of a bundle, one by one."""
+        if len(together) == 1:
+            self._decide(together[0], now_s)
+            return
+        before = len(self.replies)
+        for received in together:
+            if received.message is not None and not isinstance(received.message, wire.StoreEpisode):
+                error = ProtocolError(f"{received.message.kind} in a bundle: send it alone", reason="kind")
+                self._refuse(received.address, received.seq, error, kind=received.message.kind)
+            else:
+                self._decide(received, now_s)
+        self._join(before)
+
+    def _decide(self, received: Received, now_s: float) -> None:
         message = received.message
         try:
             if received.error is not None or message is None:
@@ -128,23 +150,33 @@ class Dispatch:
 
     def lose_turn(self, error: RefusedError) -> None:
         """Nothing of this turn was kept: refuse all of it. Who said hello in it has to say so again."""
-        lost = [(address, message.seq) for address, message, _ in self.replies if message.seq]
-        lost += [(parked.address, parked.message.seq) for parked in self._parked.values()]
+        lost = [(address, [answer.seq for answer in answers if answer.seq]) for address, answers, _ in self.replies]
+        lost += [(parked.address, [parked.message.seq]) for parked in self._parked.values()]
+        self._put_results.clear()
         self.clear()
         self._peers.clear()
         self._parked.clear()
-        for address, seq in lost:
-            self._refuse(address, seq, error)
+        for address, seqs in lost:
+            before = len(self.replies)
+            for seq in seqs:
+                self._refuse(address, seq, error)
+            self._join(before)
 
     def clear(self) -> None:
         """Begin a new turn."""
         self.replies, self.obsolete = [], []
+        for result, number in self._put_results.items():
+            self._metrics.count("episodes_total", number, result=result)
+        if self._put_bytes:
+            self._metrics.count("bytes_total", self._put_bytes, direction="in")
+        self._put_results.clear()
+        self._put_bytes = 0
 
-    def gone(self, address: Address, unsent: wire.AnyMessage) -> None:
+    def gone(self, address: Address, unsent: Sequence[wire.AnyMessage]) -> None:
         """The connection is not there any more; its leases last until their deadline, but for those that never left."""
         peer = self._peers.pop(address, None)
-        if peer is not None and isinstance(unsent, wire.Leases):
-            leases = [lease.lease for lease in unsent.leases]
+        if peer is not None:
+            leases = [lease.lease for answer in unsent if isinstance(answer, wire.Leases) for lease in answer.leases]
             self._store.ledger.members.release(peer.key, leases, infra=False)
 
     def bump(self, counter: str) -> None:
@@ -196,7 +228,7 @@ class Dispatch:
             raise RefusedError("say hello first", reason="hello_first", retry_after_s=0.0)
         if peer.user != received.identity.name:
             raise RefusedError(f"this connection is {peer.user}'s, not {received.identity.name}'s", reason="identity")
-        self._peers[address] = replace(peer, heard_s=now_s)
+        peer.heard_s = now_s
         if isinstance(message, wire.Goodbye):
             self._farewell(address, peer)
             self._reply(address, message, wire.Done())
@@ -274,6 +306,7 @@ class Dispatch:
             max_payload_bytes=self._settings.max_payload_bytes,
             window_bytes=window_bytes,
             window_episodes=window_episodes,
+            bundle_episodes=self.bundle_episodes,
         )
 
     def _farewell(self, address: Address, peer: Peer) -> None:
@@ -298,7 +331,7 @@ class Dispatch:
         )
 
     def _put(self, peer: Peer, message: wire.StoreEpisode, payload: bytes | memoryview) -> wire.Stored:
-        self._metrics.count("bytes_total", len(payload), direction="in")
+        self._put_bytes += len(payload)
         if len(payload) > self._settings.max_payload_bytes:
             raise RefusedError(
                 f"{message.episode} has {len(payload)} bytes, at most {self._settings.max_payload_bytes}. "
@@ -306,12 +339,13 @@ class Dispatch:
                 reason="payload_size",
             )
         new = self._store.put(message, peer.key, payload)
-        self._metrics.count("episodes_total", result="stored" if new else "duplicate")
-        return wire.Stored(episode=message.episode, durability=self._settings.durability, duplicate=not new)
+        self._put_results["stored" if new else "duplicate"] += 1
+        durability = self._settings.durability
+        return wire.Stored(seq=message.seq, episode=message.episode, durability=durability, duplicate=not new)
 
     def _notify(self, message: wire.SnapshotNotice) -> None:
         notice = message.model_copy(update={"seq": 0})
-        self.replies += [(where, notice, b"") for where, peer in self._peers.items() if peer.hello.peer == "actor"]
+        self.replies += [(where, (notice,), b"") for where, peer in self._peers.items() if peer.hello.peer == "actor"]
 
     def _obsolete(self, files: Iterable[int]) -> None:
         files = [file for file in files if file != self._store.current_file]
@@ -373,7 +407,15 @@ class Dispatch:
     # ---- small things
 
     def _reply(self, address: Address, to: wire.AnyMessage, message: wire.AnyMessage, payload: bytes = b"") -> None:
-        self.replies.append((address, message.model_copy(update={"seq": to.seq}), payload))
+        if message.seq != to.seq:
+            message = message.model_copy(update={"seq": to.seq})
+        self.replies.append((address, (message,), payload))
+
+    def _join(self, before: int) -> None:
+        """Make one reply of those since `before`: they answer the messages of one bundle."""
+        if len(self.replies) - before > 1:
+            joined = [answer for _, answers, _ in self.replies[before:] for answer in answers]
+            self.replies[before:] = [(self.replies[before][0], joined, b"")]
 
     def _refuse(self, address: Address, seq: int, error: MatpoError, *, kind: str = "") -> None:
         self._metrics.count("refusals_total", reason=error.reason)
@@ -386,7 +428,7 @@ class Dispatch:
             log.warning("message.refused", reason=error.reason, kind=kind, peer=name, error=str(error))
         retry_after_s = error.retry_after_s if isinstance(error, RefusedError) else None
         refused = wire.Refused(seq=seq, reason=error.reason, message=str(error), retry_after_s=retry_after_s)
-        self.replies.append((address, refused, b""))
+        self.replies.append((address, (refused,), b""))
 
     def _stat(self) -> dict[str, int | float | str]:
         return {

@@ -124,6 +124,8 @@ class Members:
         if paused := self._paused():
             return [], paused
         leases: list[wire.Lease] = []
+        taken: list[tuple[str, str, int, int]] = []  # as the update of members wants it
+        tasks: dict[int, wire.OrderedTask] = {}  # by order: its members have one
         serial, budget = int(self._meta.get("serial", 0)), LEASE_REPLY_BYTES
         for index, member, attempt, group, task in self._free_members(actor, num_members, now_s, num_actors):
             if leases and budget < len(task) + 1024:
@@ -131,14 +133,15 @@ class Members:
             serial += 1
             budget -= len(task) + 1024
             lease = f"{self._meta['journal']}-{serial}"
-            self._db.execute(
-                "UPDATE members SET lease = ?, actor = ? WHERE idx = ? AND member = ?", (lease, actor, index, member)
-            )
-            self._db.execute("UPDATE orders SET owner = ? WHERE idx = ? AND owner IS NULL", (actor, index))
+            taken.append((lease, actor, index, member))
             self._deadlines.renew(lease, now_s)
-            ordered = wire.OrderedTask.model_validate(msgpack.unpackb(task))
-            leases.append(wire.Lease(lease=lease, group=group, member=member, attempt=attempt, task=ordered))
+            if index not in tasks:
+                tasks[index] = wire.OrderedTask.model_validate(msgpack.unpackb(task))
+            leases.append(wire.Lease(lease=lease, group=group, member=member, attempt=attempt, task=tasks[index]))
         if leases:
+            self._db.executemany("UPDATE members SET lease = ?, actor = ? WHERE idx = ? AND member = ?", taken)
+            owned = [(actor, index) for index in tasks]
+            self._db.executemany("UPDATE orders SET owner = ? WHERE idx = ? AND owner IS NULL", owned)
             self._meta.set(serial=serial)
         return leases, ""
 

@@ -89,7 +89,7 @@ class Server:
 
     def serve(self) -> None:
         """Turn until `stop`. Raises OSError or sqlite3.Error when the disk fails; end the process then."""
-        arrived: list[Received] = []
+        arrived: list[list[Received]] = []
         while not self._stopping:
             arrived = self._turn(arrived or self._receive(self._wait_s()))
 
@@ -110,11 +110,11 @@ class Server:
 
     # ---- the loop
 
-    def _turn(self, arrived: list[Received]) -> list[Received]:
+    def _turn(self, arrived: list[list[Received]]) -> list[list[Received]]:
         """One turn. Returns what arrived for the next one while the disk was busy."""
         now_s = self._clock()
-        for received in arrived:
-            self._dispatch.take(received, now_s)
+        for together in arrived:
+            self._dispatch.take(together, now_s)
         if (keys := self._gate.valid_keys) is not self._valid_keys and keys is not None:
             self._valid_keys = keys
             self._dispatch.keep_keys(keys)
@@ -155,20 +155,20 @@ class Server:
         due_s = min([self._store.ledger.members.next_deadline_s, now_s + tick_s, *self._dispatch.due_s])
         return max(0.0, due_s - now_s)
 
-    def _receive(self, wait_s: float) -> list[Received]:
+    def _receive(self, wait_s: float) -> list[list[Received]]:
         """Wait for messages, and take those that are there, up to a bound for each socket."""
         ready = self._poll(wait_s)
         self._gate.refresh()  # before anything is read: a key that was revoked counts for no further message
-        arrived: list[Received] = []
+        arrived: list[list[Received]] = []
         for port in self._sockets:
             if self._sockets[port] in ready:
                 self._drain(port, arrived, [self._turn_messages, TURN_BYTES])
         return arrived
 
-    def _receive_during(self, committing: Future[float]) -> list[Received]:
+    def _receive_during(self, committing: Future[float]) -> list[list[Received]]:
         """The same for as long as the disk is busy."""
         self._gate.refresh()
-        arrived: list[Received] = []
+        arrived: list[list[Received]] = []
         ports = list(self._sockets)
         room = {port: [self._turn_messages, TURN_BYTES] for port in ports}  # for the whole turn, however long it takes
         while not committing.done():
@@ -194,7 +194,7 @@ class Server:
                 self._metrics.count("connections_total", event=event)
         return ready
 
-    def _drain(self, port: Port, arrived: list[Received], room: list[int]) -> bool:
+    def _drain(self, port: Port, arrived: list[list[Received]], room: list[int]) -> bool:
         """Take what a socket has, up to what is left of `room` (messages, bytes). Returns whether that is used up."""
         while room[0] > 0 and room[1] > 0:
             try:
@@ -202,41 +202,50 @@ class Server:
             except zmq.Again:
                 return False
             arrived.append(self._read(port, frames))
-            room[0] -= 1
+            room[0] -= len(arrived[-1])
             room[1] -= sum(len(frame) for frame in frames)
         return True
 
-    def _read(self, port: Port, frames: list[zmq.Frame]) -> Received:
-        """Who sent it, and what: decoded, its hash checked."""
+    def _read(self, port: Port, frames: list[zmq.Frame]) -> list[Received]:
+        """Who sent it, and what, its hash checked: one message, or those of a bundle."""
         address: Address = (port, frames[0].bytes)
         parts: list[bytes | memoryview] = [frame.bytes for frame in frames[1:2]]  # headers are small
-        parts += [frame.buffer for frame in frames[2:]]  # payloads are not copied on their way to the disk
-        identity, seq = NOBODY, 0
+        parts += [frame.buffer for frame in frames[2:]]  # large payloads are not copied on their way to the disk
+        identity = NOBODY
         try:
             if not address[1].startswith(b"\0"):  # such ids are libzmq's own: nobody can take another's
                 raise RefusedError("choose no routing id: it would not be yours alone", reason="identity")
             identity = self._gate.identify(frames[-1])
-            message, payload = wire.decode(parts)
-            seq = message.seq
-            if isinstance(message, wire.StoreEpisode):
-                wire.check_payload(message, frames[-1])
+            found = wire.unbundle(parts, limit=self._dispatch.bundle_episodes)
         except (ProtocolError, RefusedError) as error:
-            error.__traceback__ = error.__context__ = None  # they would keep the frames alive
-            return Received(address=address, identity=identity, seq=seq or wire.peek_seq(parts), error=error)
-        return Received(address=address, identity=identity, seq=seq, message=message, payload=payload)
+            return [_refused(address, identity, wire.peek_seq(parts), error)]
+        received = []
+        for message_frames in found:
+            try:
+                message, payload = wire.decode(message_frames)
+                if isinstance(message, wire.StoreEpisode):
+                    wire.check_payload(message, frames[-1] if len(found) == 1 else payload)
+            except ProtocolError as error:
+                received.append(_refused(address, identity, wire.peek_seq(message_frames), error))
+            else:
+                received.append(
+                    Received(address=address, identity=identity, seq=message.seq, message=message, payload=payload)
+                )
+        return received
 
     def _flush(self) -> None:
-        for address, message, payload in self._dispatch.replies:
+        for address, answers, payload in self._dispatch.replies:
             port, routing_id = address
+            frames = wire.bundle([wire.encode(answer, payload) for answer in answers])
             try:
-                self._sockets[port].send_multipart([routing_id, *wire.encode(message, payload)], zmq.NOBLOCK)
+                self._sockets[port].send_multipart([routing_id, *frames], zmq.NOBLOCK)
             except zmq.ZMQError as error:  # gone, or not reading. Requests are idempotent: the peer asks again.
                 if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                     raise
                 self._metrics.count("replies_undeliverable_total")
                 self._dispatch.bump("replies_undeliverable")
                 if error.errno == zmq.EHOSTUNREACH:
-                    self._dispatch.gone(address, message)
+                    self._dispatch.gone(address, answers)
                 continue
             self._metrics.count("bytes_total", len(payload), direction="out")
 
@@ -261,6 +270,11 @@ class Server:
             socket.setsockopt(option, value)
         self._gate.protect(socket)
         return socket
+
+
+def _refused(address: Address, identity: Identity, seq: int, error: ProtocolError | RefusedError) -> Received:
+    error.__traceback__ = error.__context__ = None  # they would keep the frames alive
+    return Received(address=address, identity=identity, seq=seq, error=error)
 
 
 def _bind(socket: zmq.Socket[bytes], address: str, port: int, setting: str) -> str:

@@ -7,12 +7,14 @@ Rules kept here; each has a test in tests/common/test_link.py:
 4. A refusal for now (`retry_after_s`: a full disk, for example) is asked again until the request's time-out.
 5. Why a connection does not come about (a wrong key, no keys, no broker) is in the error and in the log, and it is
    tried again for ever: keys can be mended while we wait.
+6. Episodes that are there to be sent at the same moment share messages, as far as the broker's welcome allows it; each
+   has its own answer. Nothing waits for company.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,9 @@ log = logs.get()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Request:
+    seq: int
     frames: list[bytes | memoryview]
+    together: bool  # it may share a message with others
     reply: asyncio.Future[Reply]
 
 
@@ -64,6 +68,7 @@ class Link:
         self._on_notice = on_notice
         self._seq = 0
         self._pending: dict[int, _Request] = {}
+        self._posted: list[_Request] = []  # they go out together, in the next turn of the event loop
         self._greeted = False  # on the connection of now: only then do requests go out
         self._greeting: asyncio.Task[None] | None = None
         self._broken: Exception | None = None
@@ -80,7 +85,7 @@ class Link:
     async def connect(self, timeout_s: float) -> wire.Welcome:
         """Open the socket and greet the broker. Raises TryAgainError when it does not answer, RefusedError."""
         self._context = zmq.asyncio.Context()
-        self._trouble = ""
+        self._trouble, self._posted = "", []
         self._open(self._context)
         self._start(self._watch(self._context))
         self._first_welcome: asyncio.Future[wire.Welcome] = asyncio.get_running_loop().create_future()
@@ -174,7 +179,8 @@ class Link:
                 "Keep large material in the environment, not in Task.data.",
                 reason="header_size",
             )
-        request = _Request(frames=frames, reply=asyncio.get_running_loop().create_future())
+        together = isinstance(message, wire.StoreEpisode)
+        request = _Request(seq=seq, frames=frames, together=together, reply=asyncio.get_running_loop().create_future())
         self._pending[seq] = request
         try:
             async with asyncio.timeout(timeout_s):
@@ -190,8 +196,37 @@ class Link:
         return reply, body
 
     async def _send(self, request: _Request) -> None:
+        if not request.together:
+            await self._send_frames(request.frames)
+            return
+        if not self._posted:
+            self._start(self._send_posted())  # it runs when all that is ready now has been posted
+        self._posted.append(request)
+
+    async def _send_posted(self) -> None:
+        posted, self._posted = self._posted, []
+        for together in self._bundles([request for request in posted if request.seq in self._pending]):
+            if self._greeted:  # else they go out with the next connection
+                await self._send_frames(wire.bundle(together))
+
+    def _bundles(self, requests: Iterable[_Request]) -> Iterator[list[list[bytes | memoryview]]]:
+        """Frames of requests, in order, in bundles that the broker takes."""
+        assert self.welcome is not None
+        max_bytes = min(wire.BUNDLE_BYTES, self.welcome.max_payload_bytes)
+        together: list[list[bytes | memoryview]] = []
+        num_bytes = 0
+        for request in requests:
+            num_bytes += len(request.frames[1])
+            if together and (num_bytes > max_bytes or len(together) == self.welcome.bundle_episodes):
+                yield together
+                together, num_bytes = [], len(request.frames[1])
+            together.append(request.frames)
+        if together:
+            yield together
+
+    async def _send_frames(self, frames: list[bytes | memoryview]) -> None:
         try:
-            await self._socket.send_multipart(request.frames, flags=zmq.NOBLOCK)
+            await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
         except zmq.Again:  # the connection just went; it goes out with the next one
             self._greeted = False
 
@@ -311,24 +346,28 @@ class Link:
         while True:
             frames = await self._socket.recv_multipart()
             try:
-                reply, payload = wire.decode(frames)
+                replies = [wire.decode(each) for each in wire.unbundle(frames)]
             except ProtocolError as error:
                 # A broker of another release answers nothing that we could wait for.
                 self._fail(ProtocolError(f"from {self.endpoint}: {error}", reason=error.reason))
                 continue
-            request = self._pending.get(reply.seq)
-            if isinstance(reply, wire.Refused) and reply.reason == "hello_first":
-                if self._greeting is None or self._greeting.done():
-                    self._greeted = False
-                    self._greeting = self._start(self._greet())
-            elif request is not None and not request.reply.done():
-                request.reply.set_result((reply, bytes(payload)))
-            elif isinstance(reply, wire.Leases) and reply.leases:
-                self._start(self._give_back([lease.lease for lease in reply.leases]))
-            elif reply.seq == 0 and isinstance(reply, wire.Refused):
-                self._fail(RefusedError(reply.message, reason=reply.reason))
-            elif reply.seq == 0 and self._on_notice is not None:
-                self._on_notice(reply)
+            for reply, payload in replies:
+                self._take(reply, bytes(payload))
+
+    def _take(self, reply: wire.AnyMessage, payload: bytes) -> None:
+        request = self._pending.get(reply.seq)
+        if isinstance(reply, wire.Refused) and reply.reason == "hello_first":
+            if self._greeting is None or self._greeting.done():
+                self._greeted = False
+                self._greeting = self._start(self._greet())
+        elif request is not None and not request.reply.done():
+            request.reply.set_result((reply, payload))
+        elif isinstance(reply, wire.Leases) and reply.leases:
+            self._start(self._give_back([lease.lease for lease in reply.leases]))
+        elif reply.seq == 0 and isinstance(reply, wire.Refused):
+            self._fail(RefusedError(reply.message, reason=reply.reason))
+        elif reply.seq == 0 and self._on_notice is not None:
+            self._on_notice(reply)
 
     async def _give_back(self, leases: list[str]) -> None:
         try:

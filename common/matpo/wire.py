@@ -2,8 +2,12 @@
 
 On the wire a message is exactly two frames (ROUTER adds the peer's identity in front):
 
-    header    msgpack map {"v": 2, "seq": n, "kind": "...", ...fields}, at most MAX_HEADER_BYTES
+    header    msgpack map {"v": 3, "seq": n, "kind": "...", ...fields}, at most MAX_HEADER_BYTES
     payload   opaque bytes, possibly empty; its length and CRC32C stand in the header where they matter
+
+Small messages of one peer may share two frames, which costs both ends far less. Such a bundle has for its header a
+msgpack array [3, [header, ...], [length of payload, ...]] of whole headers, and for its payload all of theirs in that
+order. Each message in it is judged as if it had come alone.
 
 Every request carries `seq`, every reply repeats it; an unsolicited message (a notice) has seq 0.
 Whatever is wrong with received bytes is one error: ProtocolError, with a stable `reason`.
@@ -12,6 +16,7 @@ Whatever is wrong with received bytes is one error: ProtocolError, with a stable
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar
 
 import google_crc32c
@@ -20,11 +25,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Ty
 
 from matpo.errors import ProtocolError
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_HEADER_BYTES = 1 << 20
 MAX_LIST = 65536
 MAX_FIELDS = 64  # of one message, and many more than any has
 MAX_COUNTS = 4096
+MAX_BUNDLE = 64  # messages
+BUNDLE_BYTES = 1 << 20  # of payloads: with more in one message nothing gets faster
+_BUNDLE_MARK = 0x93  # a msgpack array of three; any other header is a map
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Short = Annotated[str, Field(max_length=1024)]
@@ -33,6 +41,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Version = Annotated[int, Field(ge=-1, lt=2**53)]
 Cell = int | float | str | None
 Item = TypeVar("Item")
+Container = TypeVar("Container", dict[str, Any], list[Any])
 # The first bad item refuses the list: one error for each of a million items would take gigabytes.
 Many = Annotated[list[Item], FailFast()]
 
@@ -305,6 +314,7 @@ class Welcome(Message):
     max_payload_bytes: Natural
     window_bytes: Natural  # an actor's credit: payload bytes that it may have sent without an answer ...
     window_episodes: Natural  # ... and episodes; one is always allowed
+    bundle_episodes: Annotated[int, Field(ge=1, le=MAX_BUNDLE)] = 1  # how many may share a message
 
 
 class Leases(Message):
@@ -399,7 +409,7 @@ def crc32c(data: Sized) -> int:
 
 def encode(message: AnyMessage, payload: bytes | memoryview = b"") -> list[bytes | memoryview]:
     """The message as [header, payload]."""
-    return [msgpack.packb({"v": WIRE_VERSION, **message.model_dump()}, use_bin_type=True), payload]
+    return [msgpack.packb({"v": WIRE_VERSION, **vars(message)}, use_bin_type=True, default=vars), payload]
 
 
 def decode(frames: Sequence[bytes | memoryview]) -> tuple[AnyMessage, bytes | memoryview]:
@@ -410,15 +420,11 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[AnyMessage, bytes | me
     if len(frames) != 2:
         raise ProtocolError(f"got {len(frames)} frames, want 2 (header, payload)", reason="frames")
     header, payload = frames
-    if len(header) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"header of {len(header)} bytes, at most {MAX_HEADER_BYTES}", reason="header_size")
-    fields = _unpack(header)
+    fields = _unpack(header, dict)
     version = fields.pop("v", None)
     if type(version) is not int or version != WIRE_VERSION:
         del fields, version  # an error lives longer than this call, and its traceback with all that stands here
-        raise ProtocolError(
-            f"wire version differs from {WIRE_VERSION}. Run the same release everywhere.", reason="version"
-        )
+        raise _other_version()
     kind = fields.get("kind")
     if not isinstance(kind, str) or len(fields) > MAX_FIELDS:
         num_fields = len(fields)
@@ -435,10 +441,46 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[AnyMessage, bytes | me
     raise ProtocolError(problem, reason="fields")
 
 
+def bundle(messages: Sequence[Sequence[bytes | memoryview]]) -> list[bytes | memoryview]:
+    """The frames of several messages as those of one bundle; a message alone stays what it is."""
+    if len(messages) == 1:
+        return list(messages[0])
+    headers = [header for header, _ in messages]
+    payloads = [payload for _, payload in messages]
+    return [msgpack.packb([WIRE_VERSION, headers, [len(payload) for payload in payloads]]), b"".join(payloads)]
+
+
+def unbundle(frames: Sequence[bytes | memoryview], *, limit: int = MAX_BUNDLE) -> list[Sequence[bytes | memoryview]]:
+    """The frames of each message in a bundle, payloads copied; frames that are no bundle as they are, unchecked.
+
+    Raises ProtocolError with reason header_size | header | version | bundle.
+    """
+    if len(frames) != 2 or not frames[0] or frames[0][0] != _BUNDLE_MARK:
+        return [frames]
+    header, payload = frames
+    version, headers, lengths = _unpack(header, list)
+    if type(version) is not int or version != WIRE_VERSION:
+        raise _other_version()
+    problem = ""
+    if not isinstance(headers, list) or not isinstance(lengths, list):
+        problem = "want a list of headers and one of lengths"
+    elif not 0 < len(headers) == len(lengths) <= limit:
+        problem = f"{len(headers)} headers and {len(lengths)} lengths, want as many of both, and at most {limit}"
+    elif not all(isinstance(each, bytes) for each in headers):
+        problem = "its headers are not all bytes"
+    elif not all(type(each) is int and each >= 0 for each in lengths) or sum(lengths) != len(payload):
+        problem = f"its lengths are not those of a payload of {len(payload)} bytes"
+    if problem:
+        del headers, lengths
+        raise ProtocolError(f"a bundle of messages: {problem}", reason="bundle")
+    view, begins = memoryview(payload), accumulate(lengths, initial=0)
+    return [(each, bytes(view[at : at + n])) for each, n, at in zip(headers, lengths, begins, strict=False)]
+
+
 def peek_seq(frames: Sequence[bytes | memoryview]) -> int:
     """The seq of frames that `decode` refused, so that the refusal finds its request; 0 if it cannot be read."""
     try:
-        seq = _unpack(frames[0]).get("seq", 0) if frames and len(frames[0]) <= MAX_HEADER_BYTES else 0
+        seq = _unpack(frames[0], dict).get("seq", 0) if frames else 0
     except ProtocolError:
         return 0
     return seq if type(seq) is int and 0 <= seq < 2**53 else 0  # a bool is an int, and no seq
@@ -455,7 +497,15 @@ def check_payload(message: StoreEpisode | DeliveredEpisode, payload: Sized) -> N
         raise ProtocolError(f"payload of {message.episode} does not match its CRC32C", reason="payload_hash")
 
 
-def _unpack(header: bytes | memoryview) -> dict[str, Any]:
+def _other_version() -> ProtocolError:
+    return ProtocolError(
+        f"wire version differs from {WIRE_VERSION}. Run the same release everywhere.", reason="version"
+    )
+
+
+def _unpack(header: bytes | memoryview, kind: type[Container]) -> Container:
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(header)} bytes, at most {MAX_HEADER_BYTES}", reason="header_size")
     problem = ""
     try:
         claims = msgpack.Unpacker(read_size=len(header) or 1, max_buffer_size=MAX_HEADER_BYTES)
@@ -476,11 +526,11 @@ def _unpack(header: bytes | memoryview) -> dict[str, Any]:
         fields, problem = None, str(error)[:256] or type(error).__name__
     if problem:
         raise ProtocolError(f"header is not the msgpack we expect: {problem}", reason="header")
-    if isinstance(fields, dict):
+    if isinstance(fields, kind):
         return fields
-    kind = type(fields).__name__
+    found = type(fields).__name__
     del fields
-    raise ProtocolError(f"header is a {kind}, want a map", reason="header")
+    raise ProtocolError(f"header is a {found}, want a map", reason="header")
 
 
 def _no_duplicate_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -122,12 +122,14 @@ class SlowBroker:
         return Stored(episode=asked.episode, durability="x"), b""
 
 
-@pytest.mark.parametrize(("window", "most"), [((10, 99), 8), ((4, 99), 4), ((1, 99), 4), ((99, 3), 12), ((99, 99), 32)])
+@pytest.mark.parametrize(
+    ("window", "most"), [((10, 99), 8), ((4, 99), 4), ((1, 99), 4), ((99, 3), 12), ((999, 999), 256)]
+)
 async def test_no_more_is_on_its_way_than_the_window_says_but_one_episode_always(window, most):
     broker = SlowBroker()
     box = Outbox(broker.request, metrics=Metrics("actor"), max_bytes=1000)
     box.set_window(*window)
-    for n in range(20):
+    for n in range(70):
         box.put(message(n), b"data")
     sending = asyncio.create_task(box.flush())
     for _ in range(20):

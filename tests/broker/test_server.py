@@ -35,11 +35,11 @@ GARBAGE = {
     "a list": [msgpack.packb([1, 2]), b""],
     "deep nesting": [b"\x91" * 100_000, b""],
     "wrong version": [msgpack.packb({"v": 1, "seq": 1, "kind": "stat"}), b""],
-    "unknown kind": [msgpack.packb({"v": 2, "seq": 1, "kind": "rm"}), b""],
-    "missing field": [msgpack.packb({"v": 2, "seq": 1, "kind": "lease"}), b""],
+    "unknown kind": [msgpack.packb({"v": wire.WIRE_VERSION, "seq": 1, "kind": "rm"}), b""],
+    "missing field": [msgpack.packb({"v": wire.WIRE_VERSION, "seq": 1, "kind": "lease"}), b""],
     "huge length": [b"\xdd\xff\xff\xff\xff", b""],
-    "a bool for seq": [msgpack.packb({"v": 2, "seq": True, "kind": "x"}), b""],
-    "a reply": [msgpack.packb({"v": 2, "seq": 1, "kind": "done"}), b""],
+    "a bool for seq": [msgpack.packb({"v": wire.WIRE_VERSION, "seq": True, "kind": "x"}), b""],
+    "a reply": [msgpack.packb({"v": wire.WIRE_VERSION, "seq": 1, "kind": "done"}), b""],
 }
 
 
@@ -88,6 +88,72 @@ def test_a_payload_that_does_not_match_its_hash_is_refused_and_counted(broker: A
     assert actor.store(lease_of(actor), b"payload", crc32c=1).reason == "payload_hash"
     assert broker.counts()["refused_payload_hash"] == 1
     assert broker.counts()["episodes_stored"] == 0
+
+
+def episodes(leases: list[wire.Lease], payload: bytes, **changes: object) -> list[list[bytes | memoryview]]:
+    """Frames of a store for each lease; their seqs are 1, 2, ..."""
+    return [
+        wire.encode(
+            wire.StoreEpisode(
+                seq=seq,
+                lease=lease.lease,
+                group=lease.group,
+                member=lease.member,
+                attempt=lease.attempt,
+                episode=f"{lease.group}.{lease.member}.{lease.attempt}",
+                num_bytes=len(payload),
+                crc32c=wire.crc32c(payload),
+            ).model_copy(update=changes),
+            payload,
+        )
+        for seq, lease in enumerate(leases, 1)
+    ]
+
+
+def answers(actor: Any) -> list[Any]:
+    return [wire.decode(frames)[0] for frames in wire.unbundle(actor.socket.recv_multipart())]
+
+
+def test_the_episodes_of_a_bundle_are_judged_one_by_one_and_answered_together(broker: Any) -> None:
+    learner, actor = broker.learner(order(0, size=4)), broker.actor()
+    leases = actor.ask(wire.LeaseRequest(num_members=4)).leases
+    sent = episodes(leases, b"payload")
+    sent[1] = episodes(leases, b"payload", crc32c=1)[1]
+    sent[2] = [b"\xc1", b"payload"]  # not even a header
+    actor.socket.send_multipart(wire.bundle([*sent, sent[0]]))
+    found = answers(actor)
+    assert [(each.kind, each.seq) for each in found] == [
+        ("stored", 1), ("refused", 2), ("refused", 0), ("stored", 4), ("stored", 1)
+    ]  # fmt: skip
+    assert [each.reason for each in found[1:3]] == ["payload_hash", "header"]
+    assert [each.duplicate for each in (found[0], found[3], found[4])] == [False, False, True]
+    assert broker.counts()["episodes_stored"] == 2
+    actor.socket.send_multipart(wire.bundle(episodes(leases, b"payload")[1:3]))
+    assert [each.kind for each in answers(actor)] == ["stored", "stored"]
+    learner.ask(wire.Fetch(epoch=1))
+    assert learner.payload == b"payload" * 4
+
+
+def test_a_bundle_of_a_stranger_stores_nothing(broker: Any) -> None:
+    broker.learner(order(0, size=2))
+    leases = broker.actor().ask(wire.LeaseRequest(num_members=2)).leases
+    stranger = broker.stranger(broker.actors)
+    stranger.socket.send_multipart(wire.bundle(episodes(leases, b"payload")))
+    assert [each.reason for each in answers(stranger)] == ["hello_first"] * 2
+    assert broker.counts()["episodes_stored"] == 0
+
+
+def test_only_episodes_may_share_a_message(broker: Any) -> None:
+    actor = broker.actor()
+    actor.socket.send_multipart(wire.bundle([wire.encode(wire.LeaseRequest(seq=n, num_members=1)) for n in (1, 2)]))
+    assert [(each.seq, each.reason) for each in answers(actor)] == [(1, "kind"), (2, "kind")]
+
+
+def test_a_bundle_larger_than_the_welcome_allows_is_refused_as_a_whole(broker: Any) -> None:
+    actor = broker.actor()
+    actor.socket.send_multipart(wire.bundle([wire.encode(wire.Stat(seq=1))] * (wire.MAX_BUNDLE + 1)))
+    assert answers(actor)[0].reason == "bundle"
+    assert broker.counts()["refused_bundle"] == 1
 
 
 def test_a_request_before_hello_is_refused(broker: Any) -> None:

@@ -175,6 +175,77 @@ async def test_a_hello_that_is_refused_for_now_is_said_again(router: Router) -> 
     await link.close()
 
 
+def store(member: int, num_bytes: int = 4) -> tuple[wire.StoreEpisode, bytes]:
+    message = wire.StoreEpisode(
+        lease=f"l-{member}", group="g", member=member, attempt=0, episode=f"g.{member}.0", num_bytes=num_bytes, crc32c=0
+    )
+    return message, bytes(num_bytes)
+
+
+async def bundled(router: Router, bundle_episodes: int) -> Link:
+    """A link whose broker takes so many episodes in one message."""
+    link = Link(f"tcp://127.0.0.1:{router.port}", HELLO)
+    connecting = asyncio.create_task(link.connect(5))
+    welcome = WELCOME.model_copy(update={"bundle_episodes": bundle_episodes})
+    await router.reply(*await router.next("hello"), welcome)
+    await connecting
+    return link
+
+
+async def stores(router: Router) -> tuple[bytes, list[wire.StoreEpisode]]:
+    """The episodes of the next message."""
+    async with asyncio.timeout(5):
+        identity, *frames = await router.socket.recv_multipart()
+    messages = [wire.decode(each)[0] for each in wire.unbundle(frames)]
+    return identity, [each for each in messages if isinstance(each, wire.StoreEpisode)]
+
+
+async def test_episodes_of_one_moment_share_a_message_and_each_gets_its_own_answer(router: Router) -> None:
+    link = await bundled(router, 8)
+    asking = [asyncio.create_task(link.request(*store(member))) for member in range(3)]
+    identity, asked = await stores(router)
+    assert [each.member for each in asked] == [0, 1, 2]
+    kept = [wire.Stored(seq=each.seq, episode=each.episode, durability="x") for each in asked]
+    lost = wire.Refused(seq=asked[1].seq, reason="lease_lost", message="lost")
+    replies = [wire.encode(each) for each in (kept[2], lost, kept[0])]
+    await router.socket.send_multipart([identity, *wire.bundle(replies)])
+    assert (await asking[0])[0].episode == "g.0.0"
+    assert (await asking[2])[0].episode == "g.2.0"
+    with pytest.raises(RefusedError, match="lost"):
+        await asking[1]
+    await link.close()
+
+
+@pytest.mark.parametrize(("limit", "num_bytes", "found"), [(1, 4, [1] * 5), (2, 4, [2, 2, 1]), (9, 40, [2, 2, 1])])
+async def test_a_message_holds_no_more_episodes_and_bytes_than_the_broker_takes(
+    router: Router, limit: int, num_bytes: int, found: list[int]
+) -> None:
+    link = await bundled(router, limit)  # whose max_payload_bytes is 100
+    asking = [asyncio.create_task(link.request(*store(member, num_bytes))) for member in range(5)]
+    members = [[each.member for each in (await stores(router))[1]] for _ in found]
+    assert [len(each) for each in members] == found
+    assert [member for message in members for member in message] == [0, 1, 2, 3, 4]
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    await link.close()
+
+
+async def test_episodes_without_an_answer_go_out_again_after_a_restart(router: Router) -> None:
+    link = await bundled(router, 8)
+    asking = [asyncio.create_task(link.request(*store(member))) for member in range(3)]
+    assert len((await stores(router))[1]) == 3
+    router.close()
+    router.open()
+    await router.reply(*await router.next("hello"), WELCOME.model_copy(update={"bundle_episodes": 2}))
+    again = [each for _ in range(2) for each in (await stores(router))[1]]
+    assert [each.member for each in again] == [0, 1, 2]
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    await link.close()
+
+
 async def test_silence_ends_with_try_again_that_names_endpoint_and_request(router: Router, link: Link) -> None:
     with pytest.raises(TryAgainError, match=rf"no answer to stat .*127\.0\.0\.1:{router.port}"):
         await link.request(wire.Stat(), timeout_s=0.05)

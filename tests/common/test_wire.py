@@ -57,7 +57,7 @@ def test_a_message_is_the_same_after_the_wire(message: wire.AnyMessage) -> None:
         ([header(kind="stat") + b"\x00", b""], "header"),
         ([b"\x82\xa1v\x01\xa1v\x01", b""], "header"),
         ([msgpack.packb({1: 2}), b""], "header"),
-        ([msgpack.packb({"v": 2, "kind": msgpack.ExtType(1, b"x")}), b""], "header"),
+        ([msgpack.packb({"v": wire.WIRE_VERSION, "kind": msgpack.ExtType(1, b"x")}), b""], "header"),
         ([msgpack.packb({"kind": "stat"}), b""], "version"),
         ([header(v=1, kind="stat"), b""], "version"),
         ([header(kind="nonsense"), b""], "fields"),
@@ -70,6 +70,41 @@ def test_a_message_is_the_same_after_the_wire(message: wire.AnyMessage) -> None:
 def test_bad_frames_have_a_reason(frames: list[bytes], reason: str) -> None:
     with pytest.raises(ProtocolError) as error:
         wire.decode(frames)
+    assert error.value.reason == reason
+
+
+def test_the_messages_of_a_bundle_come_out_as_they_went_in() -> None:
+    messages = [(store_message(payload), payload) for payload in (b"one", b"", b"three")]
+    frames = wire.bundle([wire.encode(*each) for each in messages])
+    assert len(frames) == 2
+    assert [wire.decode(each) for each in wire.unbundle(frames)] == messages
+
+
+def test_a_message_alone_is_no_bundle() -> None:
+    frames = wire.encode(wire.Stat(), b"payload")
+    assert wire.bundle([frames]) == frames
+    assert wire.unbundle(frames) == [frames]
+
+
+@pytest.mark.parametrize(
+    ("fields", "payload", "reason"),
+    [
+        ([wire.WIRE_VERSION + 1, [b"a"], [0]], b"", "version"),
+        ([True, [b"a"], [0]], b"", "version"),
+        ([wire.WIRE_VERSION, [], []], b"", "bundle"),
+        ([wire.WIRE_VERSION, [b"a"] * (wire.MAX_BUNDLE + 1), [0] * (wire.MAX_BUNDLE + 1)], b"", "bundle"),
+        ([wire.WIRE_VERSION, [b"a", b"b"], [1]], b"x", "bundle"),
+        ([wire.WIRE_VERSION, [b"a", b"b"], [1, 1]], b"x", "bundle"),
+        ([wire.WIRE_VERSION, [b"a", b"b"], [1, 0]], b"xy", "bundle"),
+        ([wire.WIRE_VERSION, [b"a", b"b"], [2, -1]], b"x", "bundle"),
+        ([wire.WIRE_VERSION, [b"a", b"b"], [True, 0]], b"x", "bundle"),
+        ([wire.WIRE_VERSION, ["a"], [0]], b"", "bundle"),
+        ([wire.WIRE_VERSION, b"a", [0]], b"", "bundle"),
+    ],
+)
+def test_a_bundle_that_does_not_add_up_is_refused(fields: list[object], payload: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError) as error:
+        wire.unbundle([msgpack.packb(fields), payload])
     assert error.value.reason == reason
 
 

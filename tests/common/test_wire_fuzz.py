@@ -65,6 +65,34 @@ def test_any_bytes_as_frames_give_a_message_or_a_protocol_error(frames: list[byt
     assert wire.peek_seq(frames) >= 0
 
 
+@given(st.lists(st.binary(max_size=40), max_size=3), st.lists(st.integers(-1, 2), max_size=3), st.binary(max_size=4))
+@settings(FUZZ, max_examples=300)
+def test_any_bundle_gives_its_messages_or_a_protocol_error(headers: list[bytes], sizes: list[int], data: bytes) -> None:
+    frames = [msgpack.packb([wire.WIRE_VERSION, headers, sizes]), data]
+    if not headers or len(headers) != len(sizes) or min(sizes) < 0 or sum(sizes) != len(data):
+        with pytest.raises(ProtocolError, match="a bundle of messages"):
+            wire.unbundle(frames)
+        return
+    found = wire.unbundle(frames)
+    assert [header for header, _ in found] == headers
+    assert [len(payload) for _, payload in found] == sizes
+    assert b"".join(bytes(payload) for _, payload in found) == data
+
+
+@given(st.binary(max_size=200), st.binary(max_size=20))
+@settings(FUZZ, max_examples=300)
+def test_any_bytes_that_begin_like_a_bundle_are_a_protocol_error(garbage: bytes, payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.unbundle([b"\x93" + garbage, payload])
+
+
+def test_every_truncation_of_the_header_of_a_bundle_is_refused() -> None:
+    header, payload = wire.bundle([wire.encode(a_store(b"x"), b"x")] * 2)
+    for length in range(1, len(header)):
+        with pytest.raises(ProtocolError):
+            wire.unbundle([bytes(header[:length]), payload])
+
+
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=20)
     | st.binary(max_size=20) | st.just(msgpack.ExtType(5, b"")) | st.just(msgpack.Timestamp(1, 2))
@@ -174,17 +202,17 @@ def bombs() -> dict[str, bytes]:
         "unknown fields": packed(kind="stat", **{f"k{i}": 1 for i in range(FULL - 3)}),
         "a kind of a million letters": packed(kind="x" * 1_000_000),
         "a field of a million letters": packed(kind="stat", **{"x" * 1_000_000: 1}),
-        "a kind that is a tower": b"\x83\xa1v\x02\xa3seq\x00\xa4kind" + b"\x91" * 990 + b"\x00",
+        "a kind that is a tower": b"\x83\xa1v\x03\xa3seq\x00\xa4kind" + b"\x91" * 990 + b"\x00",
         "a tower that is too high": b"\x91" * 100_000,
         "a task that is a tower": order(b"\x81\xa1a" * 900 + b"\x00"),
         "a task with an empty extension": order(b"\x81\xa1a\xc7\x00\x05"),
         "a task with a key twice": order(b"\x82\xa1a\x00\xa1a\x00"),
         "a time stamp": packed(kind="stat", seq=msgpack.Timestamp(1)),
-        "bad UTF-8": b"\x82\xa1v\x02\xa4kind\xa4\xff\xfe\xfd\xfc",
-        "a key twice": b"\x83\xa1v\x02\xa4kind\xa4stat\xa4kind\xa4stat",
+        "bad UTF-8": b"\x82\xa1v\x03\xa4kind\xa4\xff\xfe\xfd\xfc",
+        "a key twice": b"\x83\xa1v\x03\xa4kind\xa4stat\xa4kind\xa4stat",
         "bytes behind it": packed(kind="stat") + b"\xc0",
-        "a number for a key": b"\x82\xa1v\x02\x01\x02",
-        "version 2.0": msgpack.packb({"v": 2.0, "kind": "stat"}),
+        "a number for a key": b"\x82\xa1v\x03\x01\x02",
+        "version 3.0": msgpack.packb({"v": 3.0, "kind": "stat"}),
         "too large": packed(kind="stat").ljust(wire.MAX_HEADER_BYTES + 1, b"\x00"),
     }  # fmt: skip
 

@@ -95,10 +95,10 @@ def test_our_side_stores_and_a_learner_reads_it(tmp_path: Path, keys: bool) -> N
 
 @needs_redis
 @pytest.mark.processes
-@pytest.mark.parametrize("consume", [True, False])
-def test_redis_answers_and_its_data_are_removed(tmp_path: Path, consume: bool) -> None:
+@pytest.mark.parametrize(("consume", "tls"), [(True, False), (False, False), (False, True)])
+def test_redis_answers_and_its_data_are_removed(tmp_path: Path, consume: bool, tls: bool) -> None:
     bench = broker.Bench(folder=tmp_path, seconds=1.0)
-    found = bench.redis(broker.MEDIUM, consume=consume)
+    found = bench.redis(broker.MEDIUM, consume=consume, tls=tls)
     assert found.episodes > 0
     assert (found.consumed_bytes > 0) is consume
     assert list(tmp_path.iterdir()) == []

@@ -34,6 +34,7 @@ IN_FLIGHT = {LARGE: 32, MEDIUM: 256, SMALL: 2048}  # episodes on the way, shared
 GROUP_SIZE = {LARGE: 8, MEDIUM: 64, SMALL: 64}
 MOST_EPISODES_S = {LARGE: 3000, MEDIUM: 20000, SMALL: 20000}  # orders are placed for as many
 PRODUCERS = 4
+NUM_TLS_PAIRS = 3
 MAX_PROCESSES = 4  # many producers share a few processes
 MEMORY_FOLDERS = ("tmpfs", "ramfs", "devtmpfs")
 NEEDED_BYTES = 8 * 2**30
@@ -83,10 +84,11 @@ class Bench:
                 child.process.kill()  # its journal is thrown away
                 child.process.wait()
 
-    def redis(self, payload_bytes: int, *, consume: bool = False) -> Measured:
+    def redis(self, payload_bytes: int, *, consume: bool = False, tls: bool = False) -> Measured:
         """A Redis with an append-only file on a fresh folder, the same producers and windows."""
-        with self._fresh("redis") as folder, RedisServer(folder / "data") as server:
-            jobs = producer_jobs("redis", server.address, payload_bytes, PRODUCERS, 0, trim=not consume)
+        with self._fresh("redis") as folder, RedisServer(folder / "data", tls=tls) as server:
+            more = {"trim": not consume, "certificate": server.certificate}
+            jobs = producer_jobs("redis", server.address, payload_bytes, PRODUCERS, 0, **more)
             if consume:
                 argument = {"address": server.address, "payload_bytes": payload_bytes}
                 jobs.append(Job(module="redis_streams", argument=argument))
@@ -205,11 +207,13 @@ def large_and_medium(bench: Bench) -> dict[str, Any]:
     disk: list[tuple[float, float]] = []
     for size, name in ((LARGE, "1mib"), (MEDIUM, "64kib")):
         for consume, suffix in ((False, ""), (True, "_read")):
-            pairs, all_ours = [], []
+            pairs, pairs_tls, all_ours = [], [], []
             for pair in range(bench.num_pairs if not consume else max(1, bench.num_pairs // 2)):
                 ours, redis = bench.ours(size, consume=consume), bench.redis(size, consume=consume)
                 pairs.append((ours.mib_s, redis.mib_s))
                 all_ours.append(ours)
+                if not consume and pair < NUM_TLS_PAIRS:
+                    pairs_tls.append((ours.mib_s, bench.redis(size, tls=True).mib_s))
                 if size == LARGE and not consume:
                     disk.append((ours.mib_s, bench.disk_mib_s()))
                 what = f"{name} {'and read ' if consume else ''}pair {pair + 1}"
@@ -219,6 +223,8 @@ def large_and_medium(bench: Bench) -> dict[str, Any]:
             found[f"ratio_to_redis_{name}{suffix}"] = median_ratio(pairs)
             found[f"mib_s_{name}{suffix}"] = [round(statistics.median(side)) for side in zip(*pairs, strict=True)]
             if not consume:
+                found[f"ratio_to_redis_tls_{name}"] = median_ratio(pairs_tls)
+                found[f"mib_s_redis_tls_{name}"] = round(statistics.median(other for _, other in pairs_tls))
                 found[f"p50_ack_ms_{name}"] = statistics.median(each.quantile_ms(0.5) for each in all_ours)
                 found[f"p99_ack_ms_{name}"] = statistics.median(each.quantile_ms(0.99) for each in all_ours)
                 cpu = statistics.median(each.cpu_s_per_gib for each in all_ours)

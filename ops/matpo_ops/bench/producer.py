@@ -46,6 +46,7 @@ class Spec:
     payload_bytes: int
     window: int  # episodes on the way, of each connection
     connections: int = 1
+    certificate: str = ""  # redis: use TLS, and trust this file
     trim: bool = True  # redis: keep only the newest entries; no consumer does it
 
 
@@ -82,11 +83,14 @@ class BrokerConnection:
         welcome, _ = wire.decode(self.source.recv_multipart())
         if not isinstance(welcome, wire.Welcome):
             raise SystemExit(f"the broker answered hello with {welcome}")
+        self._bundle = max(1, min(welcome.bundle_episodes, wire.BUNDLE_BYTES // spec.payload_bytes))
 
     def fill(self) -> None:
-        """Store an episode for each lease in hand, and ask for more in time."""
-        while self._leases and len(self._sent) < self._window:
-            self._store(self._leases.popleft())
+        """Store an episode for each lease in hand, as an actor's link would, and ask for more in time."""
+        while num_ready := min(len(self._leases), self._window - len(self._sent), self._bundle):
+            header, payload = wire.bundle([self._episode(self._leases.popleft()) for _ in range(num_ready)])
+            self.source.send(header, zmq.SNDMORE)
+            self.source.send(payload, copy=False)
         if not self._asked and len(self._leases) < LEASES_AHEAD * self._window:
             self._asked = True
             self._seq += 1
@@ -97,28 +101,30 @@ class BrokerConnection:
         """Count what was stored, keep what was leased."""
         while True:
             try:
-                header, _ = self.source.recv_multipart(zmq.NOBLOCK)
+                frames = self.source.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            reply = msgpack.unpackb(header)
-            if reply["kind"] == "stored":
-                self.acked.append((self._sent.pop(reply["seq"]), time.monotonic()))
-            elif reply["kind"] == "leases":
-                self._asked = False
-                self._leases.extend(reply["leases"])
-            else:
-                raise SystemExit(f"the broker answered {reply}")
+            for header, _ in wire.unbundle(frames):
+                self._take(msgpack.unpackb(header))
 
     def close(self) -> None:
         """Drop the connection."""
         self.source.close()
 
-    def _store(self, lease: dict[str, Any]) -> None:
+    def _take(self, reply: dict[str, Any]) -> None:
+        if reply["kind"] == "stored":
+            self.acked.append((self._sent.pop(reply["seq"]), time.monotonic()))
+        elif reply["kind"] == "leases":
+            self._asked = False
+            self._leases.extend(reply["leases"])
+        else:
+            raise SystemExit(f"the broker answered {reply}")
+
+    def _episode(self, lease: dict[str, Any]) -> tuple[bytes, bytes]:
         self._seq += 1
         payload, crc = self._payloads[self._seq % NUM_PAYLOADS]
         self._sent[self._seq] = time.monotonic()
-        self.source.send(episode_header(self._seq, lease, len(payload), crc), zmq.SNDMORE)
-        self.source.send(payload, copy=False)
+        return episode_header(self._seq, lease, len(payload), crc), payload
 
 
 def episode_header(seq: int, lease: dict[str, Any], num_bytes: int, crc32c: int) -> bytes:
