@@ -4,7 +4,7 @@
 #   make check              the fast gate: lint, types, import rules, unit tests
 #   make bench              the figures of docs/benchmarks.md
 #   make soak               the fault tests in their long sizes
-#   make tools              redis-server and strace (Debian's packages), for some of the tests and benchmarks
+#   make tools              redis-server, strace and openssl (Debian's packages), for some of the tests and benchmarks
 #   make clean              removes what these targets installed and cached; runs/ stays
 
 PYTHON ?= python3
@@ -49,7 +49,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || command -v sudo)
 
 # Debian's packages; elsewhere install them by hand. Tests that need one skip without it, except in .ci/run.
 tools:
-	@missing=""; for tool in redis-server strace; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@missing=""; for tool in redis-server strace openssl; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	if test -z "$$missing"; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then echo "install by hand:$$missing" >&2; exit 3; fi; \
 	if test "$$(id -u)" != 0 && test -z "$(SUDO)"; then echo "as root: apt-get install$$missing" >&2; exit 3; fi; \
