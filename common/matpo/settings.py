@@ -367,7 +367,7 @@ class LearnerSettings(Section):
     """Tokens of one packed micro-batch. Memory, never the result, depends on it."""
     share_prefixes: bool = True
     """Compute what several segments of a micro-batch begin with once. Speed, never the result, depends on it."""
-    logprob_chunk_tokens: Count = 1024
+    logprob_chunk_tokens: Count = 512
     """Rows of logits that exist at one time."""
     device: str = "auto"
     """auto, cpu or cuda."""

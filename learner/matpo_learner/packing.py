@@ -42,8 +42,10 @@ READS_PER_TOKEN = 4
 class MicroBatch:
     """One packed row: T tokens of S segments, M sampled tokens to train. Empty: S = M = T = 0.
 
+    A segment that is a prefix of another one of the row (as are equal ones) is not listed in segment_lengths and _rows.
+
     A token that segments share stands once. Example, planner [5, 91, 7*, 2*] and worker [5, 44, 8*] (* sampled):
-    token_ids [5, 44, 91, 7], position_ids [0, 1, 1, 2], segment_lengths [3, 2], segment_rows [0, 2, 3, 0, 1],
+    token_ids [5, 44, 91, 7], position_ids [0, 1, 1, 2], segment_lengths [2, 3], segment_rows [0, 1, 0, 2, 3],
     predict_from [2, 3, 1], target_ids [7, 2, 8], target_segments [0, 0, 1].
     Without sharing token_ids is [5, 91, 7, 5, 44], segment_rows 0 to 4.
     """
@@ -54,7 +56,7 @@ class MicroBatch:
     segment_rows: NDArray[np.int64]  # [sum of segment_lengths], row positions of each segment's tokens, in order
     predict_from: NDArray[np.int64]  # [M], row position whose hidden state predicts the target
     target_ids: NDArray[np.int64]  # [M], the sampled token
-    target_segments: NDArray[np.int64]  # [M], which of the S segments; a segment's targets are all in one micro-batch
+    target_segments: NDArray[np.int64]  # [M], number of its segment in this row; a segment's targets are all in one row
     advantages: NDArray[np.float32]  # [M]
     mu: NDArray[np.float32]  # [M], behaviour log-prob, nats
     weights: NDArray[np.float32]  # [M], 1 / denominator
@@ -185,7 +187,7 @@ def _rows(
     pieces: list[_Piece], settings: LearnerSettings, roles: tuple[str, ...], version: int, rank: int, world_size: int
 ) -> list[MicroBatch]:
     units = _units(pieces, settings, world_size)
-    sizes = [max(unit.num_tokens, unit.num_reads // READS_PER_TOKEN) for unit in units]
+    sizes = [max(unit.num_tokens, sum(unit.reads) // READS_PER_TOKEN) for unit in units]
     rows = fill_rows(sizes, [unit.cost for unit in units], settings.microbatch_tokens, world_size)
     role_ids = {role: index for index, role in enumerate(roles)}
     return [
@@ -200,28 +202,27 @@ class _Unit:
 
     pieces: list[_Piece]
     num_tokens: int  # shared ones once
-
-    @property
-    def num_reads(self) -> int:
-        return sum(piece.length for piece in self.pieces)
+    reads: list[int]  # lengths of the segments that attention runs over
 
     @property
     def cost(self) -> float:
-        return self.num_tokens + sum(piece.length**2 for piece in self.pieces) / (2 * ATTENTION_TOKENS)
+        return self.num_tokens + sum(length**2 for length in self.reads) / (2 * ATTENTION_TOKENS)
 
 
 def _units(pieces: list[_Piece], settings: LearnerSettings, world_size: int) -> list[_Unit]:
     """Single pieces, or families of those that share a prefix, small enough for rows to be full and even."""
     if not settings.share_prefixes:
-        return [_Unit(pieces=[piece], num_tokens=piece.length) for piece in pieces]
+        return [_Unit(pieces=[piece], num_tokens=piece.length, reads=[piece.length]) for piece in pieces]
     lengths = [piece.length for piece in pieces]
     whole = prefixes.tree([piece.read for piece in pieces])
     limit = min(settings.microbatch_tokens // 2, (sum(lengths) - sum(whole.shared)) // (4 * world_size))
     units = []
     for family in prefixes.families(whole, lengths, limit):
         members = [pieces[i] for i in family]
-        shared = prefixes.tree([piece.read for piece in members]).shared
-        units.append(_Unit(pieces=members, num_tokens=sum(piece.length for piece in members) - sum(shared)))
+        own = [piece.length for piece in members]
+        tree = prefixes.tree([piece.read for piece in members])
+        reads = [own[i] for i in prefixes.leaves(tree, own)]
+        units.append(_Unit(pieces=members, num_tokens=sum(own) - sum(tree.shared), reads=reads))
     return units
 
 
@@ -235,6 +236,7 @@ def _row(
     token_ids, position_ids = np.zeros(num_tokens, dtype=np.int64), np.zeros(num_tokens, dtype=np.int64)
     for place, read in zip(places, reads, strict=True):
         token_ids[place], position_ids[place] = read, np.arange(len(read))
+    listed = prefixes.leaves(order, lengths) if share else range(len(pieces))
     counts = [len(piece.targets) for piece in pieces]
 
     def at_targets(name: str) -> list[NDArray[np.generic]]:
@@ -243,8 +245,8 @@ def _row(
     return MicroBatch(
         token_ids=token_ids,
         position_ids=position_ids,
-        segment_lengths=np.array(lengths, dtype=np.int64),
-        segment_rows=_join(places, np.int64),
+        segment_lengths=np.array([lengths[i] for i in listed], dtype=np.int64),
+        segment_rows=_join([places[i] for i in listed], np.int64),
         predict_from=_join([place[p.targets - 1] for p, place in zip(pieces, places, strict=True)], np.int64),
         target_ids=_join(at_targets("token_ids"), np.int64),
         target_segments=np.repeat(np.arange(len(pieces)), counts).astype(np.int64),

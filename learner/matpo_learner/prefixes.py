@@ -3,6 +3,7 @@
 Rules kept here, each with a test in tests/learner/test_prefixes.py:
 1. Two positions are one if and only if everything up to and including them is equal: a node of the prefix tree.
 2. A family is a run of sequences that share a prefix; one that is too large is cut where its members share least.
+3. A leaf is a sequence that is no prefix of another (of equal ones, one): to visit the leaves is to visit every node.
 
 In lexicographic order a sequence shares most with its neighbours, so the whole tree is that order and the length of the
 prefix that each sequence has in common with the one before.
@@ -57,6 +58,13 @@ def places(of: Tree, lengths: Sequence[int]) -> tuple[int, list[NDArray[np.int64
         before = np.concatenate([before[:shared], np.arange(total, total + new)])
         found[index], total = before, total + new
     return total, found
+
+
+def leaves(of: Tree, lengths: Sequence[int]) -> list[int]:
+    """The sequences that do not end inside another one."""
+    return (
+        [i for i, shared in zip(of.order, [*of.shared[1:], 0], strict=True) if shared < lengths[i]] if of.order else []
+    )
 
 
 def families(of: Tree, lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -30,6 +30,15 @@ def test_two_positions_are_one_node_if_and_only_if_everything_up_to_them_is_equa
     assert sorted(node_of.values()) == list(range(total))
 
 
+@given(SEQUENCES)
+def test_leaves_are_the_sequences_that_are_no_prefix_of_another_and_hold_every_node(sequences):
+    tree, lengths = prefixes.tree(_arrays(sequences)), [len(s) for s in sequences]
+    found = [tuple(sequences[i]) for i in prefixes.leaves(tree, lengths)]
+    distinct = {tuple(s) for s in sequences}
+    assert sorted(found) == sorted(s for s in distinct if not any(o != s and o[: len(s)] == s for o in distinct))
+    assert _num_prefixes(found) == _num_prefixes(sequences)
+
+
 @given(SEQUENCES, st.integers(0, 30))
 def test_families_hold_every_sequence_once_within_the_limit_and_share_a_first_token(sequences, limit):
     found = prefixes.families(prefixes.tree(_arrays(sequences)), [len(s) for s in sequences], limit)

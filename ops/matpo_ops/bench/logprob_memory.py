@@ -1,15 +1,15 @@
 """Peak memory of the log-prob step: hidden states -> log-probs and their gradient. Each side in a process of its own.
 
-The figure is the growth of the process's peak resident memory (getrusage) over what it held before the step. Memory of
+The figure is the growth of the process's peak resident memory (Linux: VmHWM) over what it held before the step. That of
 the naive form is in proportion to T; it is measured at T / 8 and multiplied, because at T it would need more than most
 machines have.
 """
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -47,7 +47,9 @@ def _peak_bytes(side: str) -> int:
         logprobs, entropy = Head(weight, LearnerSettings().logprob_chunk_tokens)(hidden, targets)
     logprobs.sum().backward()
     assert bool(entropy.isfinite().all())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its ru_maxrss begins at what the parent held when it started us.
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
     return peak - int(before)
 
 
