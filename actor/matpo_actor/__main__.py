@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from matpo import logs
+from matpo import heap, logs
 from matpo.errors import MatpoError
 from matpo.settings import load_run_file
 
@@ -29,6 +29,7 @@ def actor(
     try:
         settings = load_run_file(run_file, overrides or [])
         logs.configure(settings.log, process=name or f"actor-{os.getpid()}")
+        heap.keep_buffers()
         from matpo_actor import process  # heavy libraries only once the run file is known to be good
 
         asyncio.run(process.run(settings, name=name))

@@ -101,12 +101,13 @@ class Dispatch:
             self._decide(together[0], now_s)
             return
         before = len(self.replies)
-        for received in together:
-            if received.message is not None and not isinstance(received.message, wire.StoreEpisode):
-                error = ProtocolError(f"{received.message.kind} in a bundle: send it alone", reason="kind")
-                self._refuse(received.address, received.seq, error, kind=received.message.kind)
-            else:
-                self._decide(received, now_s)
+        with self._store.ledger.members.together():
+            for received in together:
+                if received.message is not None and not isinstance(received.message, wire.StoreEpisode):
+                    error = ProtocolError(f"{received.message.kind} in a bundle: send it alone", reason="kind")
+                    self._refuse(received.address, received.seq, error, kind=received.message.kind)
+                else:
+                    self._decide(received, now_s)
         self._join(before)
 
     def _decide(self, received: Received, now_s: float) -> None:

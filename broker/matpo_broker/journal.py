@@ -27,6 +27,7 @@ import re
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import google_crc32c
@@ -386,13 +387,23 @@ def join_crc32c(first: int, second: int, second_bytes: int) -> int:
 
     Source: crc32_combine of zlib, with Castagnoli's polynomial.
     """
-    shift, power = 1 << 31, 3  # x^0, and 8 bits = 2^3 in each byte
+    power = 0
     while second_bytes:
         if second_bytes & 1:
-            shift = _times(_POWERS[power % 32], shift)
+            one, two, three, four = _shifts(power)
+            first = one[first & 255] ^ two[first >> 8 & 255] ^ three[first >> 16 & 255] ^ four[first >> 24]
         second_bytes >>= 1
         power += 1
-    return _times(shift, first) ^ second
+    return first ^ second
+
+
+@cache
+def _shifts(power: int) -> Sequence[Sequence[int]]:
+    """Behind a CRC come 2^power bytes: what each of its four bytes then is, lowest first, to be xored."""
+    shift = 1 << 30  # x^1; bit 31 is x^0
+    for _ in range(power + 3):  # a byte is 2^3 bits
+        shift = _times(shift, shift)
+    return [[_times(byte << place, shift) for byte in range(256)] for place in (0, 8, 16, 24)]
 
 
 def _times(a: int, b: int) -> int:
@@ -406,19 +417,9 @@ def _times(a: int, b: int) -> int:
     return product
 
 
-def _powers() -> Sequence[int]:
-    powers = [1 << 30]  # x^1; then x^2, x^4, ... x^(2^31)
-    for _ in range(31):
-        powers.append(_times(powers[-1], powers[-1]))
-    return powers
-
-
-_POWERS = _powers()
-
-
 def _crc_after(crc: int, payload: bytes | memoryview, payload_crc: int) -> int:
-    """`crc` after `payload` came behind it: by its bytes while they are few, by its known hash when they are many."""
-    if len(payload) <= 64 * 2**10:
+    """`crc` after `payload` came behind it: by its bytes if they are few. Many are not in the CPU's cache any more."""
+    if len(payload) <= 4 * 2**10:
         return int(google_crc32c.extend(crc, bytes(payload)))
     return join_crc32c(crc, payload_crc, len(payload))
 

@@ -6,7 +6,8 @@ Part of the ledger (see there): the same open transaction, no clock, no sockets.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,9 @@ class Members:
             tuple[int, int], tuple[str, float]
         ] = {}  # member -> who failed it, until when to avoid it
         self._backlog_bytes: int | None = None  # None: to be counted again
+        self._is_together = False
+        self._recorded: list[tuple[wire.StoreEpisode, str, Location]] = []  # not entered yet ...
+        self._recorded_keys: set[str | tuple[str, int]] = set()  # ... of these leases and members
 
     # ---- for the learner's side of the ledger
 
@@ -177,6 +181,8 @@ class Members:
                 f"{message.attempt}: want GROUP.MEMBER.ATTEMPT",
                 reason="episode_id",
             )
+        if message.lease in self._recorded_keys or (message.group, message.member) in self._recorded_keys:
+            self._enter()  # it is judged by what came before it
         row = self._db.execute(
             "SELECT e.episode, e.num_bytes, e.crc32c, m.lease, m.attempt, m.actor FROM orders o"
             " LEFT JOIN episodes e ON e.idx = o.idx AND e.member = ?"
@@ -200,29 +206,60 @@ class Members:
             reason="lease_mismatch",
         )
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Episodes recorded inside are entered in few statements, at its end; only `admit` and `record` fit in it."""
+        self._is_together = True
+        try:
+            yield
+        finally:
+            self._is_together = False
+            self._enter()
+
     def record(self, message: wire.StoreEpisode, actor: str, location: Location) -> None:
         """Enter an admitted episode; its member is done."""
-        index = self._one("DELETE FROM members WHERE lease = ? RETURNING idx", message.lease)
-        values = (index, message.member, message.attempt, message.episode, message.lease, actor, message.environment)
-        place = (message.num_tokens, location.file, location.offset, location.num_bytes, location.crc32c)
-        self._db.execute("INSERT INTO episodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values + place)
-        self._deadlines.end(message.lease)
-        self._elsewhere.pop((index, message.member), None)
-        version = None if message.min_version < 0 else message.min_version
-        state = self._one(
-            "UPDATE orders SET num_stored = num_stored + 1, num_bytes = num_bytes + ?, num_tokens = num_tokens + ?,"
-            " min_version = coalesce(min(min_version, ?), min_version, ?),"
-            " state = CASE WHEN num_stored + 1 = group_size THEN 'whole' ELSE state END WHERE idx = ? RETURNING state",
-            location.num_bytes,
-            message.num_tokens,
-            version,
-            version,
-            index,
-        )
+        self._recorded.append((message, actor, location))
+        self._recorded_keys.update((message.lease, (message.group, message.member)))
+        if not self._is_together:
+            self._enter()
+
+    def _enter(self) -> None:
+        """Enter what was recorded: one statement for each group, and two for all the episodes."""
+        recorded, self._recorded = self._recorded, []
+        self._recorded_keys.clear()
+        groups: dict[str, list[tuple[wire.StoreEpisode, Location]]] = {}
+        for message, _, location in recorded:
+            groups.setdefault(message.group, []).append((message, location))
+        indices = {group: self._add_up(group, episodes) for group, episodes in groups.items()}
+        done, rows = [], []
+        for message, actor, at in recorded:
+            index, member = place = (indices[message.group], message.member)
+            done.append(place)
+            rows.append(
+                (index, member, message.attempt, message.episode, message.lease, actor, message.environment,
+                 message.num_tokens, at.file, at.offset, at.num_bytes, at.crc32c)
+            )  # fmt: skip
+            self._deadlines.end(message.lease)
+            self._elsewhere.pop(place, None)
+        self._db.executemany("DELETE FROM members WHERE idx = ? AND member = ?", done)
+        self._db.executemany("INSERT INTO episodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def _add_up(self, group: str, episodes: Sequence[tuple[wire.StoreEpisode, Location]]) -> int:
+        """Add episodes to what an order says of its group; returns its index."""
+        num_bytes = sum(location.num_bytes for _, location in episodes)
+        oldest = min((message.min_version for message, _ in episodes if message.min_version >= 0), default=None)
+        index, state = self._db.execute(
+            "UPDATE orders SET num_stored = num_stored + ?1, num_bytes = num_bytes + ?2, num_tokens = num_tokens + ?3,"
+            " min_version = coalesce(min(min_version, ?4), min_version, ?4),"
+            " state = CASE WHEN num_stored + ?1 = group_size THEN 'whole' ELSE state END WHERE grp = ?5"
+            " RETURNING idx, state",
+            (len(episodes), num_bytes, sum(message.num_tokens for message, _ in episodes), oldest, group),
+        ).fetchone()
         if state != "open":
             self._ordered_s.pop(index, None)
         if self._backlog_bytes is not None:
-            self._backlog_bytes += location.num_bytes
+            self._backlog_bytes += num_bytes
+        return int(index)
 
     def heartbeat(self, actor: str, leases: Sequence[str], now_s: float) -> list[str]:
         """Renew leases; returns those that this actor does not hold. Stored ones are not lost."""

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from types import FrameType
 
-from matpo import __version__, logs
+from matpo import __version__, heap, logs
 from matpo.errors import ConfigError, JournalError, SetupError
 from matpo.metrics import Metrics
 from matpo.settings import BrokerSettings, RunFile
@@ -33,6 +33,7 @@ def run(run_file: RunFile, *, insecure: bool = False) -> None:
     `insecure`: other machines may connect without keys.
     """
     logs.configure(run_file.log, process="broker")
+    heap.keep_buffers()
     settings, security = run_file.broker, run_file.security
     raise_file_limit()
     address = address_of(settings, may_leave_loopback=insecure or security.keys is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from matpo_broker.ledger import Ledger
 from matpo_broker.members import Rules, length_bucket
 from matpo_broker.tables import Location, accounting
 
+EPISODES = "SELECT idx, member, attempt, episode, actor, num_tokens, file, offset, num_bytes, crc32c FROM episodes"
 RULES = Rules(run="r", lease_s=10.0, max_attempts=2, credit_bytes=1000)
 
 
@@ -91,6 +93,43 @@ def test_the_same_episode_again_is_a_duplicate(ledger: Ledger) -> None:
     start(ledger, order(0))
     message = store(ledger, ledger.members.lease("a", 1, 0.0)[0][0])
     assert ledger.members.admit(message) is False
+
+
+def test_episodes_entered_together_are_judged_and_entered_as_one_after_the_other() -> None:
+    def play(*, together: bool) -> tuple[list[object], list[tuple[object, ...]]]:
+        ledger = Ledger(":memory:", RULES, Metrics("broker"), now_s=0.0)
+        start(ledger, order(0, 3), order(1, 2))
+        leases = ledger.members.lease("a", 5, 0.0)[0]
+        sent = [
+            episode(lease).model_copy(update={"min_version": v}) for lease, v in zip(leases, (4, -1, 2), strict=False)
+        ]
+        sent += [
+            sent[0],  # again
+            sent[1].model_copy(update={"crc32c": 8}),  # another one for a member that has one
+            episode(leases[3]).model_copy(update={"lease": leases[2].lease}),  # with a lease that ended
+            sent[2].model_copy(update={"lease": leases[4].lease}),  # again, under another's lease
+            episode(leases[3]),
+        ]
+        found: list[object] = []
+        with ledger.members.together() if together else nullcontext():
+            for message in sent:
+                try:
+                    found.append(ledger.members.admit(message, "a"))
+                except RefusedError as error:
+                    found.append(error.reason)
+                if found[-1] is True:
+                    place = Location(file=0, offset=len(found), num_bytes=100, crc32c=7)
+                    ledger.members.record(message, "a", place)
+        tables = ("SELECT * FROM orders", "SELECT idx, member, attempt, actor FROM members", EPISODES)
+        rows = [row for query in tables for row in ledger._db.execute(f"{query} ORDER BY 1, 2")]
+        rows.append((ledger.members.num_leases, ledger.counts()["episodes_stored"]))
+        ledger.close()
+        return found, rows
+
+    found, rows = play(together=True)
+    assert found == [True, True, True, False, "lease_lost", "lease_lost", False, True]
+    assert rows[-1] == (1, 4)
+    assert (found, rows) == play(together=False)
 
 
 def test_another_episode_for_a_stored_member_is_refused(ledger: Ledger) -> None:

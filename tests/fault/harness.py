@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,19 +103,29 @@ class Peer:
         self.welcome: Any = None
         self._is_over = is_over
         self._seq = 0
+        self._arrived: deque[Sequence[bytes | memoryview]] = deque()  # the rest of a bundle
 
     def send(self, message: wire.AnyMessage, payload: bytes = b"") -> int:
-        self._seq += 1
+        return self.send_together([(message, payload)])[0]
+
+    def send_together(self, messages: Iterable[tuple[wire.AnyMessage, bytes]]) -> list[int]:
+        """Send messages as one bundle; returns the seq of each."""
+        frames = []
+        for message, payload in messages:
+            self._seq += 1
+            frames.append(wire.encode(message.model_copy(update={"seq": self._seq}), payload))
         # A copy: what ZeroMQ sends without one is freed by its I/O thread, through Python.
-        self.socket.send_multipart(wire.encode(message.model_copy(update={"seq": self._seq}), payload), copy=True)
-        return self._seq
+        self.socket.send_multipart(wire.bundle(frames), copy=True)
+        return list(range(self._seq - len(frames) + 1, self._seq + 1))
 
     def receive(self, timeout_s: float = 30.0) -> tuple[Any, bytes]:
         until_s = time.monotonic() + timeout_s
-        while not self.socket.poll(20):
+        while not self._arrived and not self.socket.poll(20):
             if self._is_over() or time.monotonic() > until_s:
                 raise GoneError
-        message, payload = wire.decode(self.socket.recv_multipart())
+        if not self._arrived:
+            self._arrived += wire.unbundle(self.socket.recv_multipart())
+        message, payload = wire.decode(self._arrived.popleft())
         return message, bytes(payload)
 
     def ask(self, message: wire.AnyMessage, payload: bytes = b"", timeout_s: float = 30.0) -> Any:

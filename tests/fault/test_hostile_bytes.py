@@ -294,6 +294,66 @@ def test_the_same_id_with_other_bytes_is_refused_and_changes_nothing(target: Tar
     actor.close()
 
 
+# ---- bundles
+
+
+def lying_bundles() -> dict[str, tuple[str, Frames]]:
+    """Frames that begin like a bundle and are none, each with the reason of its refusal."""
+    version, one = wire.WIRE_VERSION, header(kind="stat")
+    many = wire.MAX_BUNDLE + 1
+
+    def frames(*fields: object, payload: bytes = b"") -> Frames:
+        return [msgpack.packb(list(fields)), payload]
+
+    return {
+        "no header": ("bundle", frames(version, [], [])),
+        "too many headers": ("bundle", frames(version, [one] * many, [0] * many)),
+        "65,536 headers": ("bundle", frames(version, [b""] * 65536, [0] * 65536)),
+        "a length missing": ("bundle", frames(version, [one, one], [3], payload=b"abc")),
+        "lengths beyond the payload": ("bundle", frames(version, [one, one], [2, 2**62], payload=b"abc")),
+        "lengths short of the payload": ("bundle", frames(version, [one, one], [1, 1], payload=b"abc")),
+        "a negative length": ("bundle", frames(version, [one, one], [4, -1], payload=b"abc")),
+        "lengths that are no numbers": ("bundle", frames(version, [one], ["3"], payload=b"abc")),
+        "headers that are text": ("bundle", frames(version, ["x", "y"], [1, 2], payload=b"abc")),
+        "a header for the list": ("bundle", frames(version, one, [3], payload=b"abc")),
+        "another version": ("version", frames(version - 1, [one], [0])),
+        "cut short": ("header", [msgpack.packb([version, [one, one], [0, 0]])[:-1], b""]),
+        "a list that claims four billion": ("header", [b"\x93\x03\xdd\xff\xff\xff\xff", b""]),
+        "too large": ("header_size", [b"\x93" + b"x" * wire.MAX_HEADER_BYTES, b""]),
+    }
+
+
+@pytest.mark.parametrize("port", [0, 1])
+def test_a_bundle_that_lies_is_refused_as_a_whole_and_by_name(target: Target, port: int) -> None:
+    stranger = target.stranger(port)
+    lies = lying_bundles()
+    expected = {name: reason for name, (reason, _) in lies.items()}
+    counted = {reason: 20 * list(expected.values()).count(reason) for reason in expected.values()}
+    with target.attack(**counted):
+        for _ in range(20):
+            assert {name: refusal(stranger.answer(frames)) for name, (_, frames) in lies.items()} == expected
+
+
+def test_a_bad_message_in_a_bundle_costs_only_itself(target: Target) -> None:
+    actor = target.place.peer("actor", "careless")
+    leases = actor.ask(wire.LeaseRequest(num_members=4)).leases
+    good = [wire.encode(*episode_of(lease)) for lease in leases]
+    inner = wire.bundle(good[2:])
+    flipped = bytes([good[1][1][0] ^ 1]) + bytes(good[1][1][1:])
+    cut: Frames = [good[2][0][:-1], good[2][1]]
+    sent = [good[0], [good[1][0], flipped], inner, cut, [b"", b""], wire.encode(wire.Stat()), good[3]]
+    with target.attack(header=3, payload_hash=1, kind=1):
+        actor.socket.send_multipart(wire.bundle(sent))
+        found = [refusal(wire.decode(each)[0]) for each in wire.unbundle(actor.socket.recv_multipart())]
+        assert found == ["(stored)", "payload_hash", "header", "header", "header", "kind", "(stored)"]
+        actor.socket.send_multipart(wire.bundle(good))
+        again = [wire.decode(each)[0] for each in wire.unbundle(actor.socket.recv_multipart())]
+        assert [each.duplicate for each in again] == [True, False, False, True]
+    kept = stored_bytes(target.place.journal)
+    assert [kept[name] for name in (each.episode for each in again)] == [bytes(payload) for _, payload in good]
+    actor.close()
+
+
 # ---- leases of others, members that were handed out again, learners that are over
 
 

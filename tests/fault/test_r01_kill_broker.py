@@ -64,7 +64,9 @@ class Load:
         self.committed_below = 0  # acknowledged
         self.may_be_forgotten_below = 0  # asked for
         self.wrong: list[str] = []
-        works = [(self._produce, f"a{n}") for n in range(NUM_PRODUCERS)]
+        works: list[tuple[Callable[..., None], str]] = []
+        for n in range(NUM_PRODUCERS):  # half of them send bundles
+            works.append((self._produce if n % 2 else self._produce_together, f"a{n}"))
         works.append((self._learn, "learner"))
         self.threads = [threading.Thread(target=self._keep, args=work) for work in works]
 
@@ -88,17 +90,24 @@ class Load:
                 self.wrong.append(f"{name}: {error!r}")
                 raise
 
-    def _produce(self, peer: Peer, unanswered: dict[str, tuple[wire.StoreEpisode, bytes]]) -> None:
+    def _produce_together(self, peer: Peer, unanswered: dict[str, tuple[wire.StoreEpisode, bytes]]) -> None:
+        self._produce(peer, unanswered, together=True)
+
+    def _produce(
+        self, peer: Peer, unanswered: dict[str, tuple[wire.StoreEpisode, bytes]], *, together: bool = False
+    ) -> None:
         """Lease some members and store them all at once; first again what has no answer."""
         if not unanswered:
             reply = peer.ask(wire.LeaseRequest(num_members=8, wait_s=0.2))
             for lease in reply.leases:
                 message, payload = episode_of(lease)
                 unanswered[message.episode] = (message, payload)
-        waiting = {}
-        for name, (message, payload) in unanswered.items():
-            self.sent.add(name)
-            waiting[peer.send(message, payload)] = name
+        self.sent.update(unanswered)
+        if together and unanswered and len(unanswered) <= peer.welcome.bundle_episodes:
+            seqs = peer.send_together(unanswered.values())
+        else:
+            seqs = [peer.send(*each) for each in unanswered.values()]
+        waiting = dict(zip(seqs, unanswered, strict=True))
         while waiting:
             reply, _ = peer.receive()
             name = waiting.pop(reply.seq, "")

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import msgpack
 import zmq
 
-from matpo import wire
+from matpo import heap, wire
 from matpo.security import Role, client_keys
 from matpo.settings import load_run_file
 
@@ -195,6 +195,7 @@ def _connections(context: zmq.Context[zmq.Socket[bytes]], spec: Spec) -> list[Co
 
 def main() -> None:
     """Entry point of the process."""
+    heap.keep_buffers()
     spec = Spec(**json.loads(sys.argv[1]))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     connections = _connections(context, spec)
