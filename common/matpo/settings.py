@@ -427,6 +427,17 @@ class LearnerSettings(Section):
                 f"num_minibatches={self.num_minibatches} is more than groups_per_update={self.groups_per_update}: "
                 "a minibatch holds whole groups."
             )
+        episodes = self.groups_per_update * self.group_size
+        if self.task_norm and self.task_norm_min_episodes > episodes:
+            problems.append(
+                f"task_norm with task_norm_min_episodes={self.task_norm_min_episodes} does nothing: an update has "
+                f"groups_per_update * group_size = {episodes} episodes. Set task_norm_min_episodes <= {episodes}."
+            )
+        if "abnormal_terminations" in self.model_fields_set and self.abnormal_reward is None:
+            problems.append(
+                "abnormal_terminations without abnormal_reward does nothing. Set abnormal_reward to what such an end "
+                "is worth, or leave abnormal_terminations out."
+            )
         if self.drop_lag_versions < self.max_lag_versions:
             problems.append(
                 f"drop_lag_versions={self.drop_lag_versions} drops what max_lag_versions={self.max_lag_versions} "

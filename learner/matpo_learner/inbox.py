@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from matpo import logs, schema, wire
-from matpo.episode import Episode, Group
+from matpo.episode import Episode, Group, Task
 from matpo.errors import DataError, EpisodeError, ProtocolError, RefusedError, TryAgainError
 from matpo.link import Link
 from matpo.security import ClientKeys
@@ -62,7 +62,7 @@ def unpack(
     try:
         payloads = _split(message.episodes, payload)
         episodes = [schema.decode(p, vocab_size=vocab_size, published_version=published) for p in payloads]
-        _check_group(message, episodes, task=stream.task(message.index).id, group_size=group_size)
+        _check_group(message, episodes, task=stream.task(message.index), group_size=group_size)
     except (DataError, ProtocolError) as error:
         log.warning("group.invalid", group=message.group, reason=error.reason, error=str(error))
         return Delivery(index=message.index, id=message.group, group=None, fate="invalid", reason=error.reason)
@@ -82,12 +82,17 @@ def _split(delivered: Iterable[wire.DeliveredEpisode], payload: bytes) -> list[b
     return parts
 
 
-def _check_group(message: wire.GroupReady, episodes: Sequence[Episode], *, task: str, group_size: int) -> None:
+def _check_group(message: wire.GroupReady, episodes: Sequence[Episode], *, task: Task, group_size: int) -> None:
     for said, episode in zip(message.episodes, episodes, strict=True):
         if (episode.id, episode.group, episode.member) != (said.episode, message.group, said.member):
             raise EpisodeError(f"{said.episode} of {message.group} holds episode {episode.id}", reason="ids")
-        if episode.task.id != task:
-            raise EpisodeError(f"{episode.id} was played for task {episode.task.id}, ordered was {task}", reason="task")
+        found = episode.task
+        if (found.id, found.environment) != (task.id, task.environment):
+            raise EpisodeError(
+                f"{episode.id} was played for task {found.id} of {found.environment}, ordered was {task.id} of "
+                f"{task.environment}",
+                reason="task",
+            )
     if sorted(episode.member for episode in episodes) != list(range(group_size)):
         raise EpisodeError(f"{message.group} does not hold each of its {group_size} members once", reason="members")
 

@@ -1,50 +1,48 @@
-"""Rank 0's side of the learner: what it asks of the broker, which groups it trains, what it writes down.
+"""Rank 0's side of the learner: what it asks of the broker and the disk. Which groups are trained is decided in
+matpo_learner.judge, what is written down is in matpo_learner.diary.
 
 Rules kept here, each with a test in tests/flow/test_learner_process.py:
 1. A group is consumed when it is trained, or dropped for a counted reason: zero_signal, stale, dropped (by the broker),
    invalid, not_finite. Its line in trained.jsonl and its place in the book are written together.
-2. Lag is judged when a group is about to be trained, in updates.
-3. What a checkpoint covers is on disk before the broker hears of it.
-4. A checkpoint is due by updates, or by time when groups were consumed since the last one.
-5. A batch that is not finite is saved; max_bad_updates of them in a row end the run.
-6. Once a newer learner has taken over, nothing more is written (matpo_learner.fence).
+2. What a checkpoint covers is on disk before the broker hears of it.
+3. A checkpoint is due by updates, or by time when groups were consumed since the last one.
+4. A batch that is not finite is saved; max_bad_updates of them in a row end the run.
+5. Once a newer learner has taken over, nothing more is written (matpo_learner.fence).
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from matpo import logs, wire
-from matpo.episode import UNSAMPLED_VERSION, Episode, Group, Task
-from matpo.errors import ConfigError, EpisodeError, MatpoError
+from matpo.episode import Group
+from matpo.errors import MatpoError
 from matpo.metrics import Metrics
 from matpo.plugins import load_environment
 from matpo.run_folder import Identity
 from matpo.schema import SCHEMA_VERSION
 from matpo.security import client_keys
 from matpo.settings import LearnerSettings, RunFile
-from matpo_learner import bad_batches, checkpoint, credit, records
+from matpo_learner import checkpoint
 from matpo_learner.deepspeed_engine import StepReport
+from matpo_learner.diary import Diary
 from matpo_learner.fence import Fence
-from matpo_learner.hint import VERDICTS, WINDOW_UPDATES, hint
 from matpo_learner.inbox import Delivery, Inbox
+from matpo_learner.judge import Judge, vocab_size
+from matpo_learner.lineage import Lineage
 from matpo_learner.orders import Book, OrderStream
 from matpo_learner.packing import minibatch_bounds
 from matpo_learner.publisher import Publisher
 from matpo_learner.waits import Ask, Reason, Waits
 
 TAKE_S = 0.5
-BAD_BATCHES = "bad_batches"
 COMES_S = 10.0  # groups that come at least so often are not what is waited for
 log = logs.get()
 
@@ -79,7 +77,7 @@ class Leader:
         self.metrics = Metrics("learner")
         if run_file.metrics.learner_port:
             self.metrics.serve(run_file.metrics.host, run_file.metrics.learner_port)
-        self._context_tokens = context_tokens(run_file.model_folder)
+        self._judge = Judge(run_file)
         self._inbox = _make_inbox(run_file, identity)
         self.waits = Waits(self._reasons(), self.metrics, warn_after_s=self._settings.group_timeout_s)
         try:
@@ -103,21 +101,19 @@ class Leader:
         self._saved = (self.update, self.book.num_consumed, time.monotonic())
         known = max(welcome.snapshot_version, meta.version if meta else -1)
         covered = meta.log_bytes if meta else {}
-        folder = run_file.run.folder / "metrics"
+        pending = meta.pending if meta else checkpoint.Pending()
         with self._fence.held():
             self._publisher = Publisher(run_file, epoch=self._inbox.epoch, update=self.update, known_version=known)
-            self._logs = {
-                name: records.JsonLines(folder / f"{name}.jsonl", num_bytes=covered.get(name, 0))
-                for name in ("learner", "trained")
-            }
+            self._diary = Diary(run_file, self.metrics, covered=covered, pending=pending)
         self._chosen: list[Chosen] = []
-        pending = meta.pending if meta else checkpoint.Pending()
-        self._zero_signal = [_group_of(rewards) for rewards in pending.zero_signal]
-        self._dropped, self._bad_updates, self._bad_in_a_row = pending.dropped, pending.bad_updates, 0
+        self._bad_in_a_row = 0
         self._num_chosen, self._came_s = 0, time.monotonic()  # of the batch that is being collected; its newest group
         self._batch_ready = False
-        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW_UPDATES)
-        self._hinted = ""
+
+    @property
+    def lineage(self) -> Lineage:
+        """Which update each version is of."""
+        return self._publisher.lineage
 
     @property
     def stopping(self) -> bool:
@@ -142,10 +138,14 @@ class Leader:
 
     def _waits_for(self) -> Reason:
         """Why the next batch is not there."""
-        wanted, without = self._settings.groups_per_update, len(self._zero_signal)
+        wanted, without, dropped = (
+            self._settings.groups_per_update,
+            self._diary.num_zero_signal,
+            self._diary.num_dropped,
+        )
         found = self._inbox.waits_for()
-        if without + self._dropped >= wanted and time.monotonic() - self._came_s < COMES_S:
-            why = f"they come, but {without} had equal rewards and {self._dropped} were dropped since the last update"
+        if without + dropped >= wanted and time.monotonic() - self._came_s < COMES_S:
+            why = f"they come, but {without} had equal rewards and {dropped} were dropped since the last update"
             found = Reason(who="signal", why=f"groups with a signal: {why}")
         return replace(found, why=f"{self._num_chosen} of {wanted} groups are here. {found.why}")
 
@@ -156,7 +156,7 @@ class Leader:
         self._inbox.published = self._publisher.version
         with self._fence.held():
             self.version = self._publisher.publish(tensors, update=self.update)
-        oldest = self._publisher.lineage.oldest_within(self.update, self._settings.drop_lag_versions)
+        oldest = self.lineage.oldest_within(self.update, self._settings.drop_lag_versions)
         self._inbox.min_version = oldest
         self._inbox.notice(self.version)
         self.metrics.set("policy_version", self.version)
@@ -182,7 +182,7 @@ class Leader:
             idle()
             if delivery is not None:
                 self._came_s = time.monotonic()
-                if found := self._judge(delivery):
+                if found := self._sort(delivery):
                     chosen.append(found)
             self._num_chosen = len(chosen)
         self._chosen = chosen
@@ -199,73 +199,31 @@ class Leader:
         bad = _groups_of(report.skipped, len(chosen), self._settings)
         with self._fence.held():
             if bad:
-                self._save_bad(chosen, bad, report, update)
+                spoilt = [chosen[index].group for index in bad]
+                self._diary.not_finite(spoilt, report, update=update, version=self.version)
             for index, why in bad.items():
                 self._drop(chosen[index].delivery, "not_finite", why, update=update)
             trained = [one for index, one in enumerate(chosen) if index not in bad]
             for one in trained:
-                self._consume(one.delivery, "trained", one.group, update=update)
+                self._consume(one.delivery, "trained", update=update)
             if report.num_steps:
-                self._write_row(trained, report, seconds)
+                self._diary.updated(
+                    [one.group for one in trained],
+                    [one.lag for one in trained for _ in one.group.episodes],
+                    report,
+                    update=self.update,
+                    version=self.version,
+                    batch_ready=self._batch_ready,
+                    seconds=seconds,
+                )
         self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
         if self._bad_in_a_row >= self._settings.max_bad_updates:
             raise MatpoError(
                 f"{self._bad_in_a_row} updates in a row were not finite: {report.skipped}. The batches are in "
-                f"{self._run_file.run.folder / BAD_BATCHES}. Look at them; then start again with a lower "
+                f"{self._diary.bad_batches}. Look at them; then start again with a lower "
                 "learner.learning_rate from the last checkpoint, or set learner.max_bad_updates higher.",
                 reason="not_finite",
             )
-
-    def _write_row(self, trained: Sequence[Chosen], report: StepReport, seconds: dict[str, float]) -> None:
-        lags = [one.lag for one in trained for _ in one.group.episodes]
-        row: dict[str, Any] = {
-            "update": self.update,
-            "version": self.version,
-            "time_s": round(time.time(), 3),
-            **records.summarise([one.group for one in trained], self._zero_signal, lags, report),
-            "groups_dropped": self._dropped,
-            "bad_updates": self._bad_updates,
-            "batch_ready": self._batch_ready,
-            "seconds": seconds,
-        }
-        row |= self._hint(row)
-        self._zero_signal, self._dropped, self._bad_updates = [], 0, 0
-        self._logs["learner"].write(**row)
-        records.export(self.metrics, row, lags, self._run_file.environment.name, report)
-        shown = ("reward", "lag_mean", "loss", "kl", "ess", "grad_norm", "groups_zero_signal", "tokens_trained")
-        log.info(
-            "update.done",
-            update=self.update,
-            version=self.version,
-            **{name: round(row[name], 4) for name in shown},
-            seconds=seconds,
-        )
-
-    def _hint(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What would make the run faster, for this line of learner.jsonl; logged now and then, and when it changes."""
-        self._recent.append(row)
-        found = hint(list(self._recent))
-        self.metrics.set("wait_ratio", found.wait_fraction)
-        for verdict in VERDICTS:
-            self.metrics.set("hint", verdict == found.verdict, verdict=verdict)
-        if found.verdict != self._hinted or self.update % WINDOW_UPDATES == 0:
-            log.info("learner.hint", verdict=found.verdict, why=found.sentence, num_updates=found.num_updates)
-        self._hinted = found.verdict
-        return {"wait_fraction": round(found.wait_fraction, 4), "hint": found.verdict}
-
-    def _save_bad(self, chosen: Sequence[Chosen], bad: Mapping[int, str], report: StepReport, update: int) -> None:
-        """Count an update of which something was not finite, and keep what it was made of."""
-        self._bad_updates += 1
-        self.metrics.count("bad_updates_total")
-        what = {
-            "version": self.version,
-            "loss": self._settings.loss,
-            "learning_rate": report.learning_rate,
-            "minibatches": {str(index): why for index, why in report.skipped.items()},
-        }
-        groups = [chosen[index].group for index in bad]
-        folder = bad_batches.save(self._run_file.run.folder / BAD_BATCHES, groups, what, update=update)
-        log.error("update.not_finite", update=update, minibatches=dict(report.skipped), batch=str(folder))
 
     @property
     def is_saved(self) -> bool:
@@ -304,14 +262,8 @@ class Leader:
                 cursor=self.book.cursor,
                 consumed_below=self.book.consumed_below,
                 consumed=sorted(self.book.consumed),
-                log_bytes={name: file.sync() for name, file in self._logs.items()},
-                pending=checkpoint.Pending(
-                    zero_signal=[
-                        [(e.reward, dict(e.reward_components)) for e in g.episodes] for g in self._zero_signal
-                    ],
-                    dropped=self._dropped,
-                    bad_updates=self._bad_updates,
-                ),
+                log_bytes=self._diary.sync(),
+                pending=self._diary.pending(),
             )
             checkpoint.commit(folder, meta, keep=self._settings.keep_checkpoints)
             oldest = checkpoint.oldest_kept(folder)
@@ -328,61 +280,43 @@ class Leader:
         """Send what is still to be sent, and let go."""
         self._inbox.stop()
         self.waits.close()
-        for file in self._logs.values():
-            file.close()
+        self._diary.close()
         self._fence.close()
 
-    def _judge(self, delivery: Delivery) -> Chosen | None:
+    def _sort(self, delivery: Delivery) -> Chosen | None:
         """The group if it is worth training now; otherwise it is consumed here, and counted."""
         group = delivery.group
         if group is None:
             self._drop(delivery, delivery.fate, delivery.reason)
             return None
-        trained = credit.as_trained(group, self._settings)
-        lag = self._publisher.lineage.lag(self.update, _oldest(trained.episodes))
-        if lag > self._settings.drop_lag_versions:
-            self._inbox.trained([delivery.index])  # looked at without harm
-            self._drop(delivery, "stale", "stale", lag=lag)
-            return None
-        try:
-            check_roles(group, self._run_file)
-            check_context(group, self._context_tokens)
-            worth = credit.advantages(group, self._settings)
-        except EpisodeError as error:
-            log.warning("group.invalid", group=group.id, reason=error.reason, error=str(error))
-            self._inbox.quarantine(group.id, error.reason)
-            self._drop(delivery, "invalid", error.reason)
-            return None
-        if not worth.has_signal:
-            self.metrics.count("zero_signal_groups_total")
-            # Only for the means: a policy without any signal would otherwise fill the memory with tokens.
-            self._zero_signal.append(replace(group, episodes=[replace(e, segments=()) for e in group.episodes]))
-            self._inbox.trained([delivery.index])
-            self._consume(delivery, "zero_signal", group)
-            return None
-        return Chosen(delivery=delivery, group=group, lag=lag)
+        found = self._judge(group, update=self.update, lineage=self.lineage)
+        match found.fate:
+            case "trained":
+                return Chosen(delivery=delivery, group=group, lag=found.lag)
+            case "zero_signal":
+                self._diary.no_signal(group)
+                self._inbox.trained([delivery.index])  # looked at without harm
+                self._consume(delivery, "zero_signal")
+            case "stale":
+                self._inbox.trained([delivery.index])
+                self._drop(delivery, "stale", "stale", lag=found.lag)
+            case "invalid":
+                log.warning("group.invalid", group=group.id, reason=found.reason, error=found.why)
+                self._inbox.quarantine(group.id, found.reason)
+                self._drop(delivery, "invalid", found.reason)
+        return None
 
     def _drop(self, delivery: Delivery, fate: str, reason: str, *, update: int | None = None, **fields: int) -> None:
-        # The label is the fate, which is one of five: a peer's words must not become label values.
-        self.metrics.count("groups_dropped_total", reason=fate)
-        self._dropped += 1
-        log.warning("group.dropped", group=delivery.id, fate=fate, reason=reason, **fields)
-        self._consume(delivery, fate, delivery.group, reason=reason, update=update)
+        self._diary.dropped(delivery.id, fate, reason, **fields)
+        self._consume(delivery, fate, reason=reason, update=update)
 
-    def _consume(
-        self, delivery: Delivery, fate: str, group: Group | None, *, reason: str = "", update: int | None = None
-    ) -> None:
+    def _consume(self, delivery: Delivery, fate: str, *, reason: str = "", update: int | None = None) -> None:
         """`update` is the one that the group was for. Default: one that is still to come."""
+        episodes = [episode.id for episode in delivery.group.episodes] if delivery.group else []
+        at = self.update + 1 if update is None else update
         with self._fence.held():
             self.book.consume(delivery.index)
-            self._logs["trained"].write(
-                update=self.update + 1 if update is None else update,
-                group=delivery.id,
-                index=delivery.index,
-                fate=fate,
-                reason=reason,
-                episodes=[episode.id for episode in group.episodes] if group else [],
-            )
+            self._diary.consumed(delivery.id, delivery.index, fate, episodes, reason=reason, update=at)
 
 
 def _make_inbox(run_file: RunFile, identity: Identity) -> Inbox:
@@ -407,84 +341,7 @@ def _make_inbox(run_file: RunFile, identity: Identity) -> Inbox:
     )
 
 
-def _group_of(rewards: Sequence[tuple[float, Mapping[str, float]]]) -> Group:
-    """A group of which only the rewards are still needed."""
-    episodes = [
-        Episode(
-            id="",
-            group="",
-            member=member,
-            attempt=0,
-            task=Task(id="", environment="", question=""),
-            segments=(),
-            answer="",
-            reward=reward,
-            reward_components=components,
-        )
-        for member, (reward, components) in enumerate(rewards)
-    ]
-    return Group(id="", episodes=episodes)
-
-
 def _groups_of(skipped: Mapping[int, str], num_groups: int, settings: LearnerSettings) -> dict[int, str]:
     """Which groups of a batch were in minibatches that were left out, and why."""
     bounds = minibatch_bounds(num_groups, settings)
     return {group: why for index, why in skipped.items() for group in range(*bounds[index])}
-
-
-def check_roles(group: Group, run_file: RunFile) -> None:
-    """Refuse roles that the run file does not name: they would be trained, and become labels of metrics.
-
-    Raises EpisodeError(role).
-    """
-    for episode in group.episodes:
-        roles = [segment.role for segment in episode.segments]
-        unknown = sorted(set(roles) - set(run_file.roles))
-        if unknown or roles[0] != run_file.rollout.root:
-            raise EpisodeError(
-                f"episode {episode.id}: root {roles[0][:64]}, unknown roles {str(unknown)[:200]}; want root "
-                f"{run_file.rollout.root} and roles {', '.join(run_file.roles)}. Does its actor have this run file?",
-                reason="role",
-            )
-
-
-def _oldest(episodes: Iterable[Episode]) -> int:
-    """The oldest version in a group; an episode without sampled tokens has none."""
-    found = [e.min_version for e in episodes if e.min_version != UNSAMPLED_VERSION]
-    return min(found, default=UNSAMPLED_VERSION)
-
-
-def vocab_size(model_folder: Path) -> int:
-    """How many token ids the model has. Raises ConfigError when its config does not say."""
-    size = _text_config(model_folder).get("vocab_size")
-    if not isinstance(size, int):
-        raise ConfigError(f"{model_folder / 'config.json'} has no vocab_size. Use a causal LM such as Qwen3.")
-    return size
-
-
-def context_tokens(model_folder: Path) -> int | None:
-    """The longest segment that the model has positions for, as stretched (YaRN, ...); None: its config does not say."""
-    config = _text_config(model_folder)
-    limit = config.get("max_position_embeddings")
-    if not isinstance(limit, int):
-        return None
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    factor = rope.get("factor")
-    return int(limit * max(1.0, factor)) if isinstance(factor, int | float) else limit
-
-
-def check_context(group: Group, limit: int | None) -> None:
-    """Raises EpisodeError(context) for a segment of more than `limit` tokens."""
-    for episode in group.episodes:
-        for segment in episode.segments:
-            if limit is not None and len(segment.token_ids) > limit:
-                raise EpisodeError(
-                    f"segment {segment.index} of {episode.id} has {len(segment.token_ids)} tokens, the model's context "
-                    f"is {limit}. Set roles.{segment.role}.max_context_tokens <= {limit}.",
-                    reason="context",
-                )
-
-
-def _text_config(model_folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    return {**config.get("text_config", {}), **config}

@@ -35,7 +35,7 @@ class Tokens:
     mu: Tensor  # log-prob under the behaviour policy, nats
     advantages: Tensor
     weights: Tensor  # 1 / denominator
-    lags: Tensor  # learner version - version that sampled the token
+    lags: Tensor  # updates between the weights that sampled the token and the learner's (MicroBatch.lags)
     segments: Tensor  # int64, which of the micro-batch's segments; all sampled tokens of a segment are here
     num_segments: int
     cells: Tensor  # int64, of matpo_learner.diagnostics
@@ -174,7 +174,7 @@ def decoupled_ppo(logprobs: Tensor, tokens: Tokens, settings: LearnerSettings) -
 def _prox(logprobs: Tensor, tokens: Tokens, settings: LearnerSettings) -> Tensor:
     """log prox, [M], without gradient: as computed before the update, or interpolated between mu and pi.
 
-    A token that was sampled `lag` versions before prox, with the policy now `progress` of a version after it:
+    A token that was sampled `lag` updates before prox, with the policy now `progress` of an update after it:
         log prox = log mu + lag / (lag + progress) (log pi - log mu)
     Before the first optimizer step (progress 0) this is log pi, which is exact; at lag 0 it is log mu.
     Source: the log-linear form in AReaL's documentation ("Proximal Log-Probability Approximation"), which takes

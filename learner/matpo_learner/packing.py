@@ -18,8 +18,9 @@ several segments can predict different tokens from one shared position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -30,10 +31,12 @@ from matpo.errors import EpisodeError
 from matpo.settings import LearnerSettings
 from matpo_learner import prefixes
 from matpo_learner.balance import fill_rows
+from matpo_learner.lineage import NEVER_RESUMED, Lineage
 
 ATTENTION_TOKENS = 8192
 """Cost model of a row: at this length a segment's attention costs half of what its other work does. About right for
 hidden sizes of 1024 to 2048; rows are only balanced by it."""
+LagsOf = Callable[[NDArray[np.int32]], NDArray[np.int32]]
 READS_PER_TOKEN = 4
 """A row may read shared tokens again in attention so many times as it has room for tokens: this bounds its memory."""
 
@@ -60,7 +63,7 @@ class MicroBatch:
     advantages: NDArray[np.float32]  # [M]
     mu: NDArray[np.float32]  # [M], behaviour log-prob, nats
     weights: NDArray[np.float32]  # [M], 1 / denominator
-    lags: NDArray[np.int32]  # [M], learner version - version that sampled this token
+    lags: NDArray[np.int32]  # [M], updates between the weights that sampled this token and the learner's
     role_ids: NDArray[np.int32]  # [M], index into roles
     roles: tuple[str, ...]  # the same in all micro-batches of an update
 
@@ -100,12 +103,14 @@ def pack_update(
     settings: LearnerSettings,
     *,
     version: int,
+    lineage: Lineage = NEVER_RESUMED,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches of each optimizer step of one update.
 
-    `advantages[g][i]` belongs to `groups[g].episodes[i]`; `version` is the learner's, for the lags.
+    `advantages[g][i]` belongs to `groups[g].episodes[i]`; `version` is the learner's and `lineage` says which
+    update each version is of, for the lags.
     Denominator of a token, with G groups in its optimizer step:
         episode    G * K * N_i      N_i = sampled tokens of the whole tree (the paper's objective)
         token      sampled tokens of the step
@@ -117,10 +122,11 @@ def pack_update(
         if not np.isfinite(of_group).all():
             raise ValueError(f"group {group.id}: advantages {of_group.tolist()} are not all finite")
     roles = _roles([episode for group in groups for episode in group.episodes])
+    lags_of = partial(lineage.lags, version=version)
     minibatches = []
     for low, high in minibatch_bounds(len(groups), settings):
         pieces = _pieces(groups[low:high], advantages[low:high], settings)
-        minibatches.append(_rows(pieces, settings, roles, version, rank, world_size))
+        minibatches.append(_rows(pieces, settings, roles, lags_of, rank, world_size))
     return minibatches
 
 
@@ -143,7 +149,8 @@ def pack_sft(
         for episode in episodes
         for piece in _episode_pieces(episode, advantage=1.0, weight=1.0 / max(num_sampled, 1))
     ]
-    return _rows(pieces, settings, _roles(episodes), version, rank, world_size)
+    lags_of = partial(NEVER_RESUMED.lags, version=version)
+    return _rows(pieces, settings, _roles(episodes), lags_of, rank, world_size)
 
 
 def _roles(episodes: Sequence[Episode]) -> tuple[str, ...]:
@@ -184,14 +191,14 @@ def _episode_pieces(episode: Episode, *, advantage: float, weight: float) -> lis
 
 
 def _rows(
-    pieces: list[_Piece], settings: LearnerSettings, roles: tuple[str, ...], version: int, rank: int, world_size: int
+    pieces: list[_Piece], settings: LearnerSettings, roles: tuple[str, ...], lags_of: LagsOf, rank: int, world_size: int
 ) -> list[MicroBatch]:
     units = _units(pieces, settings, world_size)
     sizes = [max(unit.num_tokens, sum(unit.reads) // READS_PER_TOKEN) for unit in units]
     rows = fill_rows(sizes, [unit.cost for unit in units], settings.microbatch_tokens, world_size)
     role_ids = {role: index for index, role in enumerate(roles)}
     return [
-        _row([piece for i in members for piece in units[i].pieces], settings.share_prefixes, roles, role_ids, version)
+        _row([piece for i in members for piece in units[i].pieces], settings.share_prefixes, roles, role_ids, lags_of)
         for members in rows[rank::world_size]
     ]
 
@@ -227,7 +234,7 @@ def _units(pieces: list[_Piece], settings: LearnerSettings, world_size: int) -> 
 
 
 def _row(
-    pieces: list[_Piece], share: bool, roles: tuple[str, ...], role_ids: dict[str, int], version: int
+    pieces: list[_Piece], share: bool, roles: tuple[str, ...], role_ids: dict[str, int], lags_of: LagsOf
 ) -> MicroBatch:
     lengths = [piece.length for piece in pieces]
     reads = [piece.read for piece in pieces]
@@ -253,7 +260,7 @@ def _row(
         advantages=np.repeat([p.advantage for p in pieces], counts).astype(np.float32),
         mu=_join(at_targets("logprobs"), np.float32),
         weights=np.repeat([p.weight for p in pieces], counts).astype(np.float32),
-        lags=version - _join(at_targets("versions"), np.int32),
+        lags=lags_of(_join(at_targets("versions"), np.int32)),
         role_ids=np.repeat([role_ids[p.segment.role] for p in pieces], counts).astype(np.int32),
         roles=roles,
     )

@@ -39,6 +39,7 @@ from matpo_learner import checkpoint, credit
 from matpo_learner.deepspeed_engine import LearnerEngine, StepReport
 from matpo_learner.deepspeed_ranks import RENDEZVOUS_FILE
 from matpo_learner.leader import Leader
+from matpo_learner.lineage import NEVER_RESUMED, Lineage
 from matpo_learner.packing import pack_update
 from matpo_learner.records import Stopwatch
 from matpo_learner.waits import Reason, Waits
@@ -110,8 +111,9 @@ def _lead(
             break
         if engine.world_size > 1:
             groups = [(d.id, list(d.payloads)) for d in deliveries]
-            _tell(engine, "train", version=leader.version, groups=groups)
-        batch = Batch(version=leader.version, groups=[d.group for d in deliveries if d.group])
+            _tell(engine, "train", version=leader.version, branches=leader.lineage.branches, groups=groups)
+        trainable = [d.group for d in deliveries if d.group]
+        batch = Batch(version=leader.version, lineage=leader.lineage, groups=trainable)
         report = update(engine, batch, run_file, watch)
         if report.num_steps:  # the weights moved
             with watch.phase("publish"):
@@ -189,6 +191,7 @@ class Batch:
 
     version: int
     groups: Sequence[Group]
+    lineage: Lineage = NEVER_RESUMED
 
 
 def _unpack_batch(message: dict[str, Any]) -> Batch:
@@ -200,7 +203,8 @@ def _unpack_batch(message: dict[str, Any]) -> Batch:
         )
         for name, payloads in message["groups"]
     ]
-    return Batch(version=message["version"], groups=groups)
+    lineage = Lineage(tuple((first, update) for first, update in message["branches"]))
+    return Batch(version=message["version"], lineage=lineage, groups=groups)
 
 
 def update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwatch) -> StepReport:
@@ -212,6 +216,7 @@ def update(engine: LearnerEngine, batch: Batch, run_file: RunFile, watch: Stopwa
             advantages,
             run_file.learner,
             version=batch.version,
+            lineage=batch.lineage,
             rank=engine.rank,
             world_size=engine.world_size,
         )

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from matpo.episode import Group
 from matpo.metrics import Metrics
 from matpo_learner.deepspeed_engine import StepReport
 from matpo_learner.diagnostics import Diagnostics
+from matpo_learner.judge import MAX_COMPONENTS
 from matpo_learner.waits import Waits
 
+OTHER = "other"
 BY_ROLE_AND_LAG = {
     "ess_ratio": "ess",
     "role_tokens": "num_tokens",
@@ -90,31 +92,42 @@ class Stopwatch:
         return spent_s
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one episode earned: all that is kept of a group without signal."""
+
+    reward: float
+    components: Mapping[str, float]
+
+
+def outcomes(group: Group) -> list[Outcome]:
+    """What each of its episodes earned."""
+    return [Outcome(reward=e.reward, components=e.reward_components) for e in group.episodes]
+
+
 def summarise(
-    groups: Sequence[Group], zero_signal: Sequence[Group], lags: Sequence[int], report: StepReport
+    groups: Sequence[Group], zero_signal: Sequence[Sequence[Outcome]], lags: Sequence[int], report: StepReport
 ) -> dict[str, Any]:
     """The numbers of one update, flat.
 
     `reward` is over every sound group that came in for this update, those without signal too: a policy that always
     succeeds has no signal left, and must not look worse for it. `reward_trained` is over the trained ones only.
     """
-    trained = [episode for group in groups for episode in group.episodes]
-    everyone = trained + [episode for group in zero_signal for episode in group.episodes]
+    episodes = [episode for group in groups for episode in group.episodes]
+    trained = [one for group in groups for one in outcomes(group)]
+    everyone = trained + [one for group in zero_signal for one in group]
     overall = asdict(report.overall)
     overall.pop("num_tokens")
     return {
-        "reward": _mean([e.reward for e in everyone]),
-        "reward_trained": _mean([e.reward for e in trained]),
-        "reward_components": {
-            name: _mean([e.reward_components[name] for e in everyone if name in e.reward_components])
-            for name in sorted({name for e in everyone for name in e.reward_components})
-        },
+        "reward": _mean([one.reward for one in everyone]),
+        "reward_trained": _mean([one.reward for one in trained]),
+        "reward_components": _components(everyone),
         "lag_mean": _mean(lags),
         "lag_max": max(lags, default=0),
         "groups_trained": len(groups),
         "groups_zero_signal": len(zero_signal),
-        "episodes_trained": len(trained),
-        "segments_mean": _mean([len(e.segments) for e in trained]),
+        "episodes_trained": len(episodes),
+        "segments_mean": _mean([len(e.segments) for e in episodes]),
         "tokens_trained": report.num_tokens,
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -123,6 +136,20 @@ def summarise(
         "engine_gap": asdict(report.engine_gap) if report.engine_gap else None,
         "by_role_and_lag": _nested(report.by_role_and_lag),
     }
+
+
+def _components(everyone: Sequence[Outcome]) -> dict[str, float]:
+    """Mean of each part of the reward over the episodes that have it.
+
+    Names are the actors' words: only the MAX_COMPONENTS that most episodes have stand alone, the rest are "other".
+    """
+    counted = Counter(name for one in everyone for name in one.components)
+    kept = set(sorted(counted, key=lambda name: (-counted[name], name))[:MAX_COMPONENTS])
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for one in everyone:
+        for name, value in one.components.items():
+            values[name if name in kept else OTHER].append(value)
+    return {name: _mean(values[name]) for name in sorted(values)}
 
 
 def _nested(cells: Mapping[tuple[str, str], Diagnostics]) -> dict[str, dict[str, dict[str, float]]]:
@@ -157,7 +184,7 @@ def export(metrics: Metrics, row: Mapping[str, Any], lags: Sequence[int], enviro
     metrics.set("reference_kl_nats", report.overall.reference_kl)
     metrics.set("entropy_nats", report.overall.entropy)
     metrics.set("grad_norm", report.grad_norm)
-    for component, value in {"reward": row["reward"], **row["reward_components"]}.items():
+    for component, value in {**row["reward_components"], "reward": row["reward"]}.items():
         metrics.set("reward", value, environment=environment, component=component)
 
 

@@ -24,7 +24,7 @@ from matpo.episode import Episode
 from matpo.errors import ConfigError, MatpoError
 from matpo.settings import RunFile
 from matpo_learner.deepspeed_engine import LearnerEngine
-from matpo_learner.leader import vocab_size
+from matpo_learner.judge import vocab_size
 from matpo_learner.packing import pack_sft
 
 LOG_EVERY_S = 10.0

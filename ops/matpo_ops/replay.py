@@ -33,19 +33,18 @@ import torch
 from pydantic import ValidationError
 
 from matpo import logs, snapshot
-from matpo.episode import UNSAMPLED_VERSION, Group
 from matpo.errors import ConfigError, DataError, MatpoError
 from matpo.run_folder import NAME as IDENTITY_NAME
 from matpo.run_folder import Identity
 from matpo.settings import RunFile
 from matpo_broker.recording import Recording
-from matpo_learner import checkpoint, credit, process, records
+from matpo_learner import checkpoint, credit, lineage, process, records
 from matpo_learner.deepspeed_engine import LearnerEngine
-from matpo_learner.leader import check_roles, vocab_size
-from matpo_learner.publisher import Lineage
+from matpo_learner.judge import Judge, oldest_version, vocab_size
+from matpo_learner.lineage import Lineage
 from matpo_learner.sft import write_model
 from matpo_ops.evaluate import evaluate
-from matpo_ops.recorded import Batch, Reader, Step, Tally, steps_of
+from matpo_ops.recorded import Reader, Step, Tally, steps_of
 from matpo_ops.summary import end_of, plot, read_lines
 
 COLUMNS = (
@@ -72,10 +71,9 @@ class Source:
             return None
         return steps_of(read_lines(metrics / "trained.jsonl"), read_lines(metrics / "learner.jsonl"))
 
-    def lineage(self) -> Lineage | None:
-        """Which update each version is of; None: version n is of update n."""
-        path = self.folder / "lineage.json"
-        return Lineage(path) if path.exists() else None
+    def lineage(self) -> Lineage:
+        """Which update each version is of."""
+        return lineage.read(self.folder / lineage.FILE)
 
     def check_model(self, model_folder: Path) -> None:
         """Raises ConfigError when another model recorded the episodes. Without run.json only their ids can tell."""
@@ -167,7 +165,7 @@ def replay(run_file: RunFile, source: Source, out: Path, how: How) -> dict[str, 
                 recording,
                 run_file.learner,
                 vocab_size=vocab_size(run_file.model_folder),
-                check=lambda group: check_roles(group, run_file),
+                check=Judge(run_file).check,
             )
             begin = start_of(run_file, source, how.start, Path(scratch))
             with closing(LearnerEngine(begin.model, run_file.learner, seed=run_file.run.seed)) as engine:
@@ -234,7 +232,7 @@ def _train(
     out: Path,
 ) -> dict[str, Any]:
     """All updates; one line of learner.jsonl each, as a live learner writes it. Returns what they add up to."""
-    lineage, watch = source.lineage(), records.Stopwatch(None)
+    branches, watch = source.lineage(), records.Stopwatch(None)
     left = None if steps is None else [step for step in steps if step.update > begin.update]
     rows: list[dict[str, Any]] = []
     not_finite = 0
@@ -245,18 +243,21 @@ def _train(
                 batch = next(batches, None)
             if batch is None:
                 break
-            report = process.update(engine, process.Batch(version=batch.version, groups=batch.groups), run_file, watch)
+            # Of whatever branch, a version with the weights of the update before this one.
+            at = branches.oldest_within(batch.update - 1, 0)
+            work = process.Batch(version=at, lineage=branches, groups=batch.groups)
+            report = process.update(engine, work, run_file, watch)
             if not report.num_steps:
                 not_finite += 1
                 continue
             trained = [credit.as_trained(group, run_file.learner) for group in batch.groups]
-            lags = [_lag(group, batch, lineage) for group in trained for _ in group.episodes]
+            lags = [branches.lag(batch.update - 1, oldest_version(g.episodes)) for g in trained for _ in g.episodes]
             rows.append(
                 {
                     "update": batch.update,
                     "version": batch.version + 1,
                     "time_s": round(time.time(), 3),
-                    **records.summarise(batch.groups, batch.zero_signal, lags, report),
+                    **records.summarise(batch.groups, [records.outcomes(g) for g in batch.zero_signal], lags, report),
                     "groups_dropped": 0,
                     "seconds": watch.lap(),
                 }
@@ -267,15 +268,6 @@ def _train(
     if not rows:
         raise DataError(f"nothing to replay in {source.journal}: {_in_words(reader.tally, steps)}", reason="empty")
     return _figures(rows, reader.tally, not_finite)
-
-
-def _lag(group: Group, batch: Batch, lineage: Lineage | None) -> int:
-    """Updates between the oldest token of a group and the update that trains it, as the live learner counts them."""
-    versions = [e.min_version for e in group.episodes if e.min_version != UNSAMPLED_VERSION]
-    oldest = min(versions, default=UNSAMPLED_VERSION)
-    if lineage is not None:
-        return lineage.lag(batch.update - 1, oldest)
-    return 0 if oldest == UNSAMPLED_VERSION else max(0, batch.update - 1 - oldest)
 
 
 def _in_words(tally: Tally, steps: Sequence[Step] | None) -> str:

@@ -114,6 +114,8 @@ def test_a_malformed_override_is_refused(write, override: str) -> None:
         (["learner.prox=loglinear"], "only decoupled_ppo has a prox"),
         (["learner.reference=nowhere"], "kl_beta > 0"),
         (["learner.reference=nowhere", "learner.kl_beta=0.1"], "Name a model folder"),
+        (["learner.task_norm=true", "learner.task_norm_min_episodes=129"], "task_norm_min_episodes <= 128"),
+        (['learner.abnormal_terminations=["error"]'], "Set abnormal_reward"),
         (["learner.task_norm_min_episodes=1"], "greater than or equal to 2"),
         (['actor.engine="scripted"'], "needs `script`"),
     ],

@@ -64,8 +64,7 @@ UPDATES_PER_KILL = 7  # more than a life does on average, also on a busy machine
 GROUPS_PER_UPDATE = 2
 GROUP_SIZE = 2
 INSTANTS = ("start", "step", "publish", "published", "checkpoint", "committed")
-NOT_REPEATED = {"version", "by_role_and_lag", "engine_gap"}  # of a line of learner.jsonl
-NOT_REPEATED |= {"time_s", "seconds", "batch_ready", "wait_fraction", "hint"}  # they tell of time
+NOT_REPEATED = {"version", "time_s", "seconds", "batch_ready", "wait_fraction", "hint"}  # of a line of learner.jsonl
 
 PLUGIN = """
 from matpo import Environment, Task

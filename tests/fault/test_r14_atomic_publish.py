@@ -24,7 +24,8 @@ from matpo import snapshot
 from matpo.errors import SnapshotError
 from matpo.settings import RunFile, load_run_file
 from matpo.testing import write_run_file
-from matpo_learner.publisher import GRACE_S, Lineage
+from matpo_learner import lineage
+from matpo_learner.publisher import GRACE_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(1800 if SOAK else 120)]
 
@@ -166,8 +167,8 @@ def test_a_reader_never_sees_a_part_of_a_version_however_often_the_publisher_is_
             age(reader)
         left = leftovers(reader.folder)
         killer.last_life()
-    lineage = Lineage(run_file.run.folder / "lineage.json")
-    renumbered = [v for v, (_, update) in reader.whole.items() if lineage.update_of(v) != update]
+    branches = lineage.read(run_file.run.folder / lineage.FILE)
+    renumbered = [v for v, (_, update) in reader.whole.items() if branches.update_of(v) != update]
     report(
         "R14", kills=KILLS, **killer.cut, versions=len(reader.whole), looks=reader.looks, wrong=len(reader.wrong),
         publish_ms=1000 * killer.publish_s, seconds=time.monotonic() - began_s, seed=seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,10 @@ BAD_GROUPS: dict[str, tuple[str, list[bytes]]] = {
     "a member of another group": ("ids", [payload_of(1, 0), payload_of(2, 1)]),
     "a member in another's place": ("ids", [payload_of(1, 1), payload_of(1, 0)]),
     "another task": ("task", [payload_of(1, 0), payload_of(1, 1, task=Task(id="x", environment="", question=""))]),
+    "a task of another environment": (
+        "task",
+        [payload_of(1, 0), payload_of(1, 1, task=replace(STREAM.task(1), environment="other"))],
+    ),
     "a token beyond the vocabulary": ("vocabulary", [payload_of(1, 0), payload_of(1, 1, token=10)]),
     "a version that is not published": ("versions", [payload_of(1, 0), payload_of(1, 1, version=4)]),
     "garbage": ("framing", [payload_of(1, 0), b"garbage"]),

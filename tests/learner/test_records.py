@@ -12,6 +12,8 @@ from matpo.metrics import Metrics
 from matpo_learner import records
 from matpo_learner.deepspeed_engine import StepReport
 from matpo_learner.diagnostics import Diagnostics, EngineGap
+from matpo_learner.judge import MAX_COMPONENTS
+from matpo_learner.records import Outcome
 
 PART = Diagnostics(
     num_tokens=10,
@@ -80,3 +82,21 @@ def test_a_cell_without_tokens_in_an_update_keeps_no_value_of_an_earlier_one(gro
     assert 'ess_ratio{lag="1",role="planner"}' in text
     assert 'role="worker"' not in text
     assert "engine_gap_nats{" not in text
+
+
+def test_reward_components_beyond_the_limit_are_one_number_however_many_names_actors_invent():
+    honest = [Outcome(reward=1.0, components={"answer": 0.5, "format": 1.0}) for _ in range(3)]
+    invented = [Outcome(reward=0.0, components={f"a{i}.{n}": float(i) for n in range(20)}) for i in range(4)]
+    row = records.summarise([], [[*honest, *invented]], [], REPORT)
+    assert len(row["reward_components"]) == MAX_COMPONENTS + 1
+    assert row["reward_components"]["answer"] == 0.5
+    assert row["reward_components"]["format"] == 1.0
+    kept = [name for name in row["reward_components"] if name.startswith("a") and name != "answer"]
+    left = [v for one in invented for name, v in one.components.items() if name not in kept]
+    assert row["reward_components"]["other"] == pytest.approx(sum(left) / len(left))
+
+
+def test_a_reward_component_of_that_name_does_not_hide_the_reward(groups):
+    named = [replace(g, episodes=[replace(e, reward_components={"reward": 9.0}) for e in g.episodes]) for g in groups]
+    row, text = _export(Metrics("learner"), named, REPORT)
+    assert f'reward{{component="reward",environment="atlas"}} {row["reward"]}' in text
