@@ -29,7 +29,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -q -m "not processes and not vllm and not gpu"
+	$(BIN)/pytest -q -n 2 -m "not processes and not vllm and not gpu"
 
 bench: install install-vllm install-bench tools
 	$(BIN)/matpo bench all
