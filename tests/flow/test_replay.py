@@ -26,12 +26,19 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 async def recorded(learners: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run file of a finished run: five updates, a checkpoint after 2, 4 and 5, every episode kept."""
+    """The run file of a finished run: five updates, a checkpoint after 2, 4 and 5, every episode kept.
+
+    Its learner was killed and resumed, so version numbers jump, and some tokens are of weights that were lost.
+    """
     folder = tmp_path_factory.mktemp("recorded")
     path = run_file_of(folder)
     with started("matpo_broker", str(path)):
         async with playing(load_run_file(path)):
-            with forked(learners, path, "--set", "learner.keep_checkpoints=3") as learner:
+            keep = ("--set", "learner.keep_checkpoints=3")
+            with forked(learners, path, *keep) as learner:
+                await until(lambda: len(lines(load_run_file(path), "learner")) >= 3 or learner.is_over)
+                learner.kill()
+            with forked(learners, path, *keep, "--resume") as learner:
                 assert await ended(learner) == 0
     return path
 
