@@ -38,13 +38,14 @@ class OrderStream:
         self._shuffled: tuple[int, list[int]] = (-1, [])  # (pass, order of tasks): the last one used
 
     def task(self, index: int) -> Task:
-        """The task of order `index`."""
+        """The task of order `index`. From any thread: the inbox looks a task up while the leader places orders."""
         number, place = divmod(index, len(self._tasks))
-        if self._shuffled[0] != number:
+        known, order = self._shuffled  # read once: another thread may put another pass there at any time
+        if known != number:
             order = list(range(len(self._tasks)))
             random.Random(f"{self._seed}/{number}").shuffle(order)
             self._shuffled = (number, order)
-        return self._tasks[self._shuffled[1][place]]
+        return self._tasks[order[place]]
 
     def order(self, index: int) -> Order:
         """Order `index` as it travels."""

@@ -109,11 +109,10 @@ def _lead(
             deliveries = leader.collect(meanwhile)
         if deliveries is None:
             break
-        if engine.world_size > 1:
-            groups = [(d.id, list(d.payloads)) for d in deliveries]
-            _tell(engine, "train", version=leader.version, branches=leader.lineage.branches, groups=groups)
         trainable = [d.group for d in deliveries if d.group]
         batch = Batch(version=leader.version, lineage=leader.lineage, groups=trainable)
+        if engine.world_size > 1:
+            _tell(engine, "train", **batch_message(batch, [(d.id, d.payloads) for d in deliveries]))
         report = update(engine, batch, run_file, watch)
         if report.num_steps:  # the weights moved
             with watch.phase("publish"):
@@ -146,7 +145,7 @@ def _follow(engine: LearnerEngine, run_file: RunFile) -> None:
                 case "checkpoint":
                     engine.save(Path())  # rank 0 writes
                 case "train":
-                    update(engine, _unpack_batch(message), run_file, watch)
+                    update(engine, batch_of(message), run_file, watch)
 
 
 def _waits_of_others(run_file: RunFile) -> Waits:
@@ -194,7 +193,14 @@ class Batch:
     lineage: Lineage = NEVER_RESUMED
 
 
-def _unpack_batch(message: dict[str, Any]) -> Batch:
+def batch_message(batch: Batch, payloads: Sequence[tuple[str, Sequence[bytes]]]) -> dict[str, Any]:
+    """What the other ranks hear of a batch. `payloads`: each group's name and its episodes, as they came."""
+    groups = [(name, list(episodes)) for name, episodes in payloads]
+    return {"version": batch.version, "branches": batch.lineage.branches, "groups": groups}
+
+
+def batch_of(message: dict[str, Any]) -> Batch:
+    """The batch that `batch_message` told of."""
     groups = [
         Group(
             id=name,

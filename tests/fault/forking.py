@@ -1,6 +1,6 @@
 """Processes of the heavy kind, started in milliseconds: a parent that has imported the libraries forks each life.
 
-with ForkServer("learner") as server:                     # or "actor", "publisher": see PROGRAMS
+with ForkServer("learner") as server:                     # or another of PROGRAMS
     life = server.start([str(run_file)], log)             # the command's own main(), in a process of its own
     life.kill()                                           # kill -9, and it is gone when this returns
     life.wait()                                           # the exit code; -9 when a signal ended it
@@ -111,6 +111,15 @@ def learner() -> Callable[[], None]:
     return main
 
 
+def operator() -> Callable[[], None]:
+    """The command matpo, as far as it trains."""
+    for late in ("deepspeed", "matplotlib.pyplot", "matpo_learner.process", "matpo_ops.replay"):
+        importlib.import_module(late)
+    from matpo_ops.__main__ import main
+
+    return main
+
+
 def actor() -> Callable[[], None]:
     """The command matpo-actor, with the scripted engine."""
     for late in ("transformers.models.auto.tokenization_auto", "matpo_actor.engines.scripted", "matpo_actor.process"):
@@ -143,7 +152,7 @@ def publisher() -> Callable[[], None]:
 
 
 PROGRAMS: Mapping[str, Callable[[], Callable[[], None]]] = {
-    "learner": learner, "actor": actor, "publisher": publisher
+    "learner": learner, "operator": operator, "actor": actor, "publisher": publisher
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.fault.forking import ForkServer, Life
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matpo import schema, snapshot, wire
@@ -87,6 +88,21 @@ def started(
                 process.wait(30)
             process.kill()
         process.wait(10)
+
+
+@contextmanager
+def forked(server: ForkServer, path: Path, *arguments: str, log: Path | None = None) -> Iterator[Life]:
+    """A process of `server` with a run file. `log` gets what it says."""
+    log = log or path.with_name("forked.log")
+    log.touch()  # tests read it from the beginning
+    life = server.start([str(path), *arguments], log)
+    try:
+        yield life
+    finally:
+        life.send_signal(signal.SIGTERM)
+        with suppress(AssertionError):
+            life.wait(30)
+        life.kill()
 
 
 def scripted_episode(lease: wire.Lease, version: int) -> Episode:
@@ -178,7 +194,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
             await asyncio.sleep(0.02)
 
 
-async def ended(process: subprocess.Popen[bytes], timeout_s: float = 120) -> int:
+async def ended(process: subprocess.Popen[bytes] | Life, timeout_s: float = 120) -> int:
     return await asyncio.to_thread(process.wait, timeout_s)
 
 
@@ -200,40 +216,42 @@ def check_whole_run(run_file: RunFile) -> None:
     )
 
 
-async def test_a_learner_that_is_killed_and_started_again_trains_each_group_once(path: Path) -> None:
+async def test_a_learner_that_is_killed_and_started_again_trains_each_group_once(
+    learners: ForkServer, path: Path
+) -> None:
     run_file = load_run_file(path)
     with started("matpo_broker", str(path)):
         async with playing(run_file):
-            with started("matpo_learner", str(path)) as learner:
-                await until(lambda: len(lines(run_file, "learner")) >= 3 or learner.poll() is not None)
+            with forked(learners, path) as learner:
+                await until(lambda: len(lines(run_file, "learner")) >= 3 or learner.is_over)
                 learner.kill()
                 assert await ended(learner) == -signal.SIGKILL
-            with started("matpo_learner", str(path), "--resume") as learner:
+            with forked(learners, path, "--resume") as learner:
                 assert await ended(learner) == 0
     check_whole_run(run_file)
     assert [p.name[:7] for p in checkpoint.found(run_file.checkpoint_folder)] == ["c000004", "c000005"]
 
 
-async def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(path: Path) -> None:
+async def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(learners: ForkServer, path: Path) -> None:
     run_file = load_run_file(path)
     with started("matpo_broker", str(path)):
         async with playing(run_file):
-            with started("matpo_learner", str(path)) as learner:
-                await until(lambda: len(lines(run_file, "learner")) >= 1 or learner.poll() is not None)
+            with forked(learners, path) as learner:
+                await until(lambda: len(lines(run_file, "learner")) >= 1 or learner.is_over)
                 learner.send_signal(signal.SIGTERM)
                 assert await ended(learner) == 0
             assert len(list(run_file.checkpoint_folder.iterdir())) == 1
-            with started("matpo_learner", str(path), "--resume") as learner:
+            with forked(learners, path, "--resume") as learner:
                 assert await ended(learner) == 0
     check_whole_run(run_file)
 
 
-async def test_a_broker_that_is_killed_and_started_again_loses_nothing(path: Path) -> None:
+async def test_a_broker_that_is_killed_and_started_again_loses_nothing(learners: ForkServer, path: Path) -> None:
     run_file = load_run_file(path)
     async with playing(run_file):
-        with started("matpo_learner", str(path)) as learner:
+        with forked(learners, path) as learner:
             with started("matpo_broker", str(path)) as broker:
-                await until(lambda: len(lines(run_file, "learner")) >= 2 or learner.poll() is not None)
+                await until(lambda: len(lines(run_file, "learner")) >= 2 or learner.is_over)
                 broker.kill()
                 await ended(broker)
             with started("matpo_broker", str(path)):
@@ -241,22 +259,12 @@ async def test_a_broker_that_is_killed_and_started_again_loses_nothing(path: Pat
     check_whole_run(run_file)
 
 
-async def test_a_group_with_a_hostile_episode_is_counted_and_the_run_goes_on(path: Path) -> None:
-    def change(episode: Episode, payload: bytes) -> bytes:
-        return payload[:-9] if episode.group == "g-00000001" else payload
-
-    run_file = load_run_file(path)
-    with started("matpo_broker", str(path)):
-        async with playing(run_file, change):
-            with started("matpo_learner", str(path), "--set", "learner.num_updates=2") as learner:
-                assert await ended(learner) == 0
-    fates = {row["index"]: (row["fate"], row["reason"]) for row in lines(run_file, "trained")}
-    assert fates[1] == ("invalid", "framing")
-    assert len(lines(run_file, "learner")) == 2
-
-
-def with_huge_reward(episode: Episode) -> Episode:
-    return replace(episode, reward=1e200)
+def with_long_context(episode: Episode) -> Episode:
+    columns = ("token_ids", "sampled", "logprobs", "versions")
+    long = replace(
+        episode.segments[0], **{name: np.resize(getattr(episode.segments[0], name), 4097) for name in columns}
+    )
+    return replace(episode, segments=(long, *episode.segments[1:]))
 
 
 def with_unknown_role(episode: Episode) -> Episode:
@@ -267,61 +275,36 @@ def with_another_root(episode: Episode) -> Episode:
     return replace(episode, segments=(replace(episode.segments[0], role="worker"), episode.segments[1]))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"), [(with_huge_reward, "advantage"), (with_unknown_role, "role"), (with_another_root, "role")]
-)
-async def test_a_group_that_cannot_be_trained_is_counted_and_the_run_goes_on(
-    path: Path, spoil: Callable[[Episode], Episode], reason: str
-) -> None:
+INVALID: dict[int, tuple[str, Callable[[Episode], bytes]]] = {
+    0: ("framing", lambda e: schema.encode(e)[:-9]),
+    1: ("advantage", lambda e: schema.encode(replace(e, reward=1e200))),
+    3: ("role", lambda e: schema.encode(with_unknown_role(e))),
+    4: ("role", lambda e: schema.encode(with_another_root(e))),
+    6: ("context", lambda e: schema.encode(with_long_context(e))),
+    7: ("task", lambda e: schema.encode(replace(e, task=replace(e.task, environment="other")))),
+    9: ("reward_components", lambda e: schema.encode(replace(e, reward_components={"x" * 65: 1.0}))),
+}
+"""Index of a group -> why it cannot be trained, and what makes it so."""
+
+
+async def test_a_group_that_cannot_be_trained_is_counted_and_the_run_goes_on(learners: ForkServer, path: Path) -> None:
     def change(episode: Episode, payload: bytes) -> bytes:
-        bad = episode.group == "g-00000001" and episode.member == 1
-        return schema.encode(spoil(episode)) if bad else payload
+        index = int(episode.group[2:])
+        return INVALID[index][1](episode) if index in INVALID and episode.member == 1 else payload
 
     run_file = load_run_file(path)
     with started("matpo_broker", str(path)):
         async with playing(run_file, change):
-            with started("matpo_learner", str(path), "--set", "learner.num_updates=2") as learner:
+            with forked(learners, path, "--set", "learner.num_updates=2") as learner:
                 assert await ended(learner) == 0
-    fates = {row["index"]: (row["fate"], row["reason"]) for row in lines(run_file, "trained")}
-    assert fates[1] == ("invalid", reason)
-    assert len(lines(run_file, "learner")) == 2
+    found = {row["index"]: row["reason"] for row in lines(run_file, "trained") if row["fate"] == "invalid"}
+    assert found == {index: reason for index, (reason, _) in INVALID.items()}
+    rows = lines(run_file, "learner")
+    assert [row["update"] for row in rows] == [1, 2]
+    assert sum(row["groups_dropped"] for row in rows) == len(INVALID)
 
 
-async def test_two_ranks_train_with_every_part_of_the_objective_switched_on(path: Path) -> None:
-    changes = {
-        "num_ranks": 2, "loss": "decoupled_ppo", "num_minibatches": 2, "prox": "loglinear", "kl_beta": 0.1,
-        "entropy_beta": 0.01, "credit": "leader_only", "task_norm": "true", "task_norm_min_episodes": 2,
-        "abnormal_reward": -1.0, "denominator": "token",
-    }  # fmt: skip
-    options = [word for key, value in changes.items() for word in ("--set", f"learner.{key}={value}")]
-    run_file = load_run_file(path)
-    with started("matpo_broker", str(path)):
-        async with playing(run_file):
-            with started("matpo_learner", str(path), *options) as learner:
-                assert await ended(learner) == 0
-    updates = lines(run_file, "learner")
-    assert len(updates) == 5
-    assert all(set(row["by_role_and_lag"]) == {"planner"} for row in updates), "the leader alone"
-    assert updates[0]["reference_kl"] < updates[-1]["reference_kl"]
-    assert all(row["advantage_std"] == pytest.approx(1.0, abs=1e-3) for row in updates)
-    assert updates[0]["engine_gap"]["num_tokens"] > 0
-
-
-async def test_two_ranks_make_the_same_run_and_stop_in_order(path: Path) -> None:
-    run_file = load_run_file(path)
-    ranks = ("--set", "learner.num_ranks=2", "--set", "learner.zero_stage=1")
-    with started("matpo_broker", str(path)):
-        async with playing(run_file):
-            with started("matpo_learner", str(path), *ranks) as learner:
-                await until(lambda: len(lines(run_file, "learner")) >= 1 or learner.poll() is not None)
-                learner.send_signal(signal.SIGTERM)
-                assert await ended(learner) == 0
-            with started("matpo_learner", str(path), *ranks, "--resume") as learner:
-                assert await ended(learner) == 0
-    check_whole_run(run_file)
-
-
-def listens_on(process: subprocess.Popen[bytes]) -> set[str]:
+def listens_on(process: Life) -> set[str]:
     """Addresses, as /proc/net/tcp writes them, on which a process and its descendants listen."""
     pids, sockets = {process.pid}, set()
     for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
@@ -341,17 +324,46 @@ def listens_on(process: subprocess.Popen[bytes]) -> set[str]:
     return found
 
 
-async def test_ranks_of_one_machine_listen_on_loopback_only(path: Path) -> None:
-    run_file = load_run_file(path)
+async def test_two_ranks_train_with_every_part_of_the_objective_and_listen_on_loopback_only(
+    learners: ForkServer, path: Path
+) -> None:
+    changes = {
+        "num_ranks": 2, "loss": "decoupled_ppo", "num_minibatches": 2, "prox": "loglinear", "kl_beta": 0.1,
+        "entropy_beta": 0.01, "credit": "leader_only", "task_norm": "true", "task_norm_min_episodes": 2,
+        "abnormal_reward": -1.0, "denominator": "token",
+    }  # fmt: skip
     heard: set[str] = set()
-    ranks = ("--set", "learner.num_ranks=2")
-    with started("matpo_broker", str(path)), started("matpo_learner", str(path), *ranks) as learner:
+    options = [word for key, value in changes.items() for word in ("--set", f"learner.{key}={value}")]
+    run_file = load_run_file(path)
+    with started("matpo_broker", str(path)):
         async with playing(run_file):
-            while learner.poll() is None:
-                heard |= await asyncio.to_thread(listens_on, learner)
-        assert await ended(learner) == 0
+            with forked(learners, path, *options) as learner:
+                while not learner.is_over:
+                    heard |= await asyncio.to_thread(listens_on, learner)
+                    await asyncio.sleep(0.02)
+                assert learner.wait() == 0, learner.said()
     assert heard  # gloo's
     assert heard <= {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1
+    updates = lines(run_file, "learner")
+    assert len(updates) == 5
+    assert all(set(row["by_role_and_lag"]) == {"planner"} for row in updates), "the leader alone"
+    assert updates[0]["reference_kl"] < updates[-1]["reference_kl"]
+    assert all(row["advantage_std"] == pytest.approx(1.0, abs=1e-3) for row in updates)
+    assert updates[0]["engine_gap"]["num_tokens"] > 0
+
+
+async def test_two_ranks_make_the_same_run_and_stop_in_order(learners: ForkServer, path: Path) -> None:
+    run_file = load_run_file(path)
+    ranks = ("--set", "learner.num_ranks=2", "--set", "learner.zero_stage=1")
+    with started("matpo_broker", str(path)):
+        async with playing(run_file):
+            with forked(learners, path, *ranks) as learner:
+                await until(lambda: len(lines(run_file, "learner")) >= 1 or learner.is_over)
+                learner.send_signal(signal.SIGTERM)
+                assert await ended(learner) == 0
+            with forked(learners, path, *ranks, "--resume") as learner:
+                assert await ended(learner) == 0
+    check_whole_run(run_file)
 
 
 async def test_ranks_that_somebody_else_starts_meet_and_wait_for_a_broker_longer_than_a_collective_may_take(
@@ -382,31 +394,35 @@ async def test_ranks_that_somebody_else_starts_meet_and_wait_for_a_broker_longer
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-async def test_a_learner_that_waits_for_its_broker_stops_when_told_to(path: Path, num_ranks: int) -> None:
+async def test_a_learner_that_waits_for_its_broker_stops_when_told_to(
+    learners: ForkServer, path: Path, num_ranks: int
+) -> None:
     log = path.with_name("learner.log")
-    with started("matpo_learner", str(path), "--set", f"learner.num_ranks={num_ranks}", log=log) as learner:
-        await until(lambda: "broker.unreachable" in log.read_text())
+    with forked(learners, path, "--set", f"learner.num_ranks={num_ranks}", log=log) as learner:
+        await until(lambda: "broker.unreachable" in log.read_text() or learner.is_over)
         learner.send_signal(signal.SIGTERM)
         assert await ended(learner, 30) == 0, log.read_text()
     assert not load_run_file(path).checkpoint_folder.exists()
 
 
-async def test_batches_that_are_not_finite_are_dropped_saved_and_counted_and_too_many_end_the_run(path: Path) -> None:
+async def test_batches_that_are_not_finite_are_dropped_saved_and_counted_and_too_many_end_the_run(
+    learners: ForkServer, path: Path
+) -> None:
     """At a rate of 1e30 the first update makes weights that overflow in every forward pass after it."""
     run_file, log = load_run_file(path), path.with_name("learner.log")
     hot = ("--set", "learner.learning_rate=1e30", "--set")
     with started("matpo_broker", str(path)):
         async with playing(run_file):
-            with started("matpo_learner", str(path), *hot, "learner.max_bad_updates=1000", log=log) as learner:
+            with forked(learners, path, *hot, "learner.max_bad_updates=1000", log=log) as learner:
                 bad = lambda: [row for row in lines(run_file, "trained") if row["fate"] == "not_finite"]  # noqa: E731
-                await until(lambda: len(bad()) >= 8 or learner.poll() is not None)
+                await until(lambda: len(bad()) >= 8 or learner.is_over)
                 learner.send_signal(signal.SIGTERM)
                 assert await ended(learner) == 0, log.read_text()
             found = checkpoint.found(run_file.checkpoint_folder)[-1]
             assert checkpoint.verify(found).update == 1  # with all that was dropped
             dropped = len(bad())
             assert all("loss is nan" in row["reason"] or "gradient" in row["reason"] for row in bad())
-            with started("matpo_learner", str(path), *hot, "learner.max_bad_updates=3", log=log) as learner:
+            with forked(learners, path, *hot, "learner.max_bad_updates=3", log=log) as learner:
                 assert await ended(learner) == 1
     assert "3 updates in a row were not finite" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -425,39 +441,19 @@ async def test_batches_that_are_not_finite_are_dropped_saved_and_counted_and_too
     assert whole.episodes_dropped == 2 * len(bad())
 
 
-async def test_a_segment_longer_than_the_model_s_context_is_a_counted_drop(path: Path) -> None:
-    def change(episode: Episode, payload: bytes) -> bytes:
-        if episode.group != "g-00000001":
-            return payload
-        long = replace(episode.segments[0], **{
-            name: np.resize(getattr(episode.segments[0], name), 4097)
-            for name in ("token_ids", "sampled", "logprobs", "versions")
-        })  # fmt: skip
-        return schema.encode(replace(episode, segments=(long, *episode.segments[1:])))
-
-    run_file = load_run_file(path)
-    with started("matpo_broker", str(path)):
-        async with playing(run_file, change):
-            with started("matpo_learner", str(path), "--set", "learner.num_updates=2") as learner:
-                assert await ended(learner) == 0
-    fates = {row["index"]: (row["fate"], row["reason"]) for row in lines(run_file, "trained")}
-    assert fates[1] == ("invalid", "context")
-    assert len(lines(run_file, "learner")) == 2
-
-
-async def test_a_checkpoint_comes_by_time_when_no_group_has_signal(path: Path) -> None:
+async def test_a_checkpoint_comes_by_time_when_no_group_has_signal(learners: ForkServer, path: Path) -> None:
     def change(episode: Episode, _: bytes) -> bytes:
         return schema.encode(replace(episode, reward=1.0))
 
     run_file = load_run_file(path)
     with started("matpo_broker", str(path)):
         async with playing(run_file, change):
-            with started("matpo_learner", str(path), "--set", "learner.checkpoint_interval_s=0.2") as learner:
+            with forked(learners, path, "--set", "learner.checkpoint_interval_s=0.2") as learner:
                 seen: set[str] = set()
 
                 def several() -> bool:
                     seen.update(found.name for found in checkpoint.found(run_file.checkpoint_folder))
-                    return len(seen) >= 4 or learner.poll() is not None
+                    return len(seen) >= 4 or learner.is_over
 
                 await until(several)
                 learner.send_signal(signal.SIGTERM)
@@ -470,7 +466,9 @@ async def test_a_checkpoint_comes_by_time_when_no_group_has_signal(path: Path) -
     assert len(ledger.committed) == last.book().num_consumed  # the broker heard of it, and may forget them
 
 
-async def test_a_learner_that_comes_back_when_another_has_taken_over_writes_nothing_and_says_why(path: Path) -> None:
+async def test_a_learner_that_comes_back_when_another_has_taken_over_writes_nothing_and_says_why(
+    learners: ForkServer, path: Path
+) -> None:
     """It is stopped (SIGSTOP) in the middle of its work, as a machine that hangs; a second one takes the run over."""
     run_file, log = load_run_file(path), path.with_name("older.log")
     folder, many = run_file.run.folder, ("--set", "learner.num_updates=1000000")
@@ -478,15 +476,15 @@ async def test_a_learner_that_comes_back_when_another_has_taken_over_writes_noth
     published = lambda: snapshot.versions(run_file.snapshot_folder)  # noqa: E731
     with started("matpo_broker", str(path)):
         async with playing(run_file):
-            with started("matpo_learner", str(path), *many, log=log) as older:
+            with forked(learners, path, *many, log=log) as older:
                 await until(lambda: len(checkpoint.found(run_file.checkpoint_folder)) >= 2)
                 stop_outside_of_writes(older, folder / "learner.epoch")
-                with started("matpo_learner", str(path), *many) as newer:
+                with forked(learners, path, *many) as newer:
                     await until(lambda: epochs()[-1] == 2 and len(lines(run_file, "learner")) >= 4)
                     older.send_signal(signal.SIGCONT)
                     assert await ended(older, 30) == 5, log.read_text()
                     now = len(lines(run_file, "learner"))
-                    await until(lambda: len(lines(run_file, "learner")) >= now + 4 or newer.poll() is not None)
+                    await until(lambda: len(lines(run_file, "learner")) >= now + 4 or newer.is_over)
                     newer.send_signal(signal.SIGTERM)
                     assert await ended(newer) == 0
     assert "learner epoch 1 is over" in log.read_text()
@@ -500,7 +498,7 @@ async def test_a_learner_that_comes_back_when_another_has_taken_over_writes_noth
     assert (whole.episodes_lost, whole.episodes_twice, whole.episodes_invented) == (0, 0, 0)
 
 
-def stop_outside_of_writes(process: subprocess.Popen[bytes], lock: Path) -> None:
+def stop_outside_of_writes(process: Life, lock: Path) -> None:
     while True:
         process.send_signal(signal.SIGSTOP)
         with lock.open() as file:
@@ -511,18 +509,20 @@ def stop_outside_of_writes(process: subprocess.Popen[bytes], lock: Path) -> None
                 process.send_signal(signal.SIGCONT)
 
 
-async def test_a_run_with_adapters_publishes_whole_models_resumes_and_is_no_full_run(path: Path) -> None:
+async def test_a_run_with_adapters_publishes_whole_models_resumes_and_is_no_full_run(
+    learners: ForkServer, path: Path
+) -> None:
     run_file, log = load_run_file(path), path.with_name("full.log")
     adapters = ("--set", "learner.lora.rank=4", "--set", "learner.learning_rate=0.01")
     with started("matpo_broker", str(path)):
         async with playing(run_file):
-            with started("matpo_learner", str(path), *adapters) as learner:
-                await until(lambda: len(lines(run_file, "learner")) >= 3 or learner.poll() is not None)
+            with forked(learners, path, *adapters) as learner:
+                await until(lambda: len(lines(run_file, "learner")) >= 3 or learner.is_over)
                 learner.kill()
                 await ended(learner)
-            with started("matpo_learner", str(path), log=log) as learner:
+            with forked(learners, path, log=log) as learner:
                 assert await ended(learner) == 4
-            with started("matpo_learner", str(path), *adapters, "--resume") as learner:
+            with forked(learners, path, *adapters, "--resume") as learner:
                 assert await ended(learner) == 0
     assert "run that trains adapters of rank 4" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -545,10 +545,12 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path / "episodes"
 
 
-def test_a_warm_start_learns_recorded_episodes_and_writes_a_model(path: Path, recorded: Path, tmp_path: Path) -> None:
+def test_a_warm_start_learns_recorded_episodes_and_writes_a_model(
+    learners: ForkServer, path: Path, recorded: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "warm"
     options = ("--mode", "sft", "--episodes", str(recorded), "--out", str(out), "--steps", "60", "--lr", "0.01")
-    with started("matpo_learner", str(path), *options, "--segments-per-step", "16") as learner:
+    with forked(learners, path, *options, "--segments-per-step", "16") as learner:
         assert learner.wait(120) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.tie_word_embeddings
@@ -559,9 +561,11 @@ def test_a_warm_start_learns_recorded_episodes_and_writes_a_model(path: Path, re
     assert len(AutoTokenizer.from_pretrained(out)) > 0
 
 
-def test_a_warm_start_that_is_not_finite_ends_and_writes_nothing(path: Path, recorded: Path, tmp_path: Path) -> None:
+def test_a_warm_start_that_is_not_finite_ends_and_writes_nothing(
+    learners: ForkServer, path: Path, recorded: Path, tmp_path: Path
+) -> None:
     options = ("--mode", "sft", "--episodes", str(recorded), "--out", str(tmp_path / "warm"), "--lr", "1e30")
-    with started("matpo_learner", str(path), *options, log=tmp_path / "log") as learner:
+    with forked(learners, path, *options, log=tmp_path / "log") as learner:
         assert learner.wait(120) == 1
     assert "use a lower --lr" in (tmp_path / "log").read_text()
     assert not (tmp_path / "warm").exists()
@@ -577,10 +581,9 @@ def test_a_warm_start_that_is_not_finite_ends_and_writes_nothing(path: Path, rec
     ],
 )
 def test_a_command_line_that_cannot_work_ends_with_2_and_one_sentence(
-    path: Path, arguments: tuple[str, ...], words: str
+    learners: ForkServer, path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
-    command = [sys.executable, "-m", "matpo_learner", str(path), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert "Traceback" not in result.stderr
+    with forked(learners, path, *arguments) as learner:
+        assert learner.wait() == 2
+    assert words in learner.said()
+    assert "Traceback" not in learner.said()

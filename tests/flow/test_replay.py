@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.broker.journals import journal
-from tests.flow.test_learner_process import ended, lines, playing, run_file_of, started, until
+from tests.fault.forking import ForkServer, Life
+from tests.flow.test_learner_process import ended, forked, lines, playing, run_file_of, started, until
 from transformers import AutoModelForCausalLM
 
 from matpo import snapshot
@@ -26,46 +25,77 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-async def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run file of a finished run: five updates, a checkpoint after 2, 4 and 5, every episode kept."""
+async def recorded(learners: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run file of a finished run: five updates, a checkpoint after 2, 4 and 5, every episode kept.
+
+    Its learner was killed and resumed, so version numbers jump, and some tokens are of weights that were lost.
+    """
     folder = tmp_path_factory.mktemp("recorded")
     path = run_file_of(folder)
     with started("matpo_broker", str(path)):
         async with playing(load_run_file(path)):
-            with started("matpo_learner", str(path), "--set", "learner.keep_checkpoints=3") as learner:
+            keep = ("--set", "learner.keep_checkpoints=3")
+            with forked(learners, path, *keep) as learner:
+                await until(lambda: len(lines(load_run_file(path), "learner")) >= 3 or learner.is_over)
+                learner.kill()
+            with forked(learners, path, *keep, "--resume") as learner:
                 assert await ended(learner) == 0
     return path
 
 
-def matpo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "matpo_ops", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+@pytest.fixture
+def matpo(operators: ForkServer, tmp_path: Path) -> Callable[..., Life]:
+    """matpo("replay", ...) runs the command to its end."""
+    count = itertools.count()
+
+    def run(*arguments: str | Path) -> Life:
+        life = operators.start([str(argument) for argument in arguments], tmp_path / f"said-{next(count)}")
+        life.wait(200)
+        return life
+
+    return run
 
 
-def replay(path: Path, out: Path, *arguments: str | Path) -> dict[str, Any]:
-    done = matpo("replay", path, "--out", out, *arguments)
-    assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
+@pytest.fixture
+def replay(matpo: Callable[..., Life]) -> Callable[..., dict[str, Any]]:
+    """replay(path, out, ...): the figures of a replay."""
+
+    def run(path: Path, out: Path, *arguments: str | Path) -> dict[str, Any]:
+        done = matpo("replay", path, "--out", out, *arguments)
+        assert done.wait() == 0, done.said()
+        return figures_of(done)
+
+    return run
+
+
+@pytest.fixture
+def refused(matpo: Callable[..., Life]) -> Callable[..., str]:
+    """refused(path, out, ...): what is said about a replay that cannot be."""
+
+    def run(path: Path, out: Path, *arguments: str | Path) -> str:
+        done = matpo("replay", path, "--out", out, *arguments)
+        assert done.wait() in (2, 4), done.said()
+        assert "Traceback" not in done.said()
+        assert not out.exists()
+        return done.said()
+
+    return run
+
+
+def figures_of(done: Life) -> dict[str, Any]:
+    last = done.said().splitlines()[-1]
     assert last.startswith("replay: ")
     found: dict[str, Any] = json.loads(last.removeprefix("replay: "))
     return found
-
-
-def refused(path: Path, out: Path, *arguments: str | Path) -> str:
-    done = matpo("replay", path, "--out", out, *arguments)
-    assert done.returncode in (2, 4), done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert not out.exists()
-    return done.stderr
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_a_replay_with_the_settings_of_the_run_makes_its_weights_bit_for_bit(recorded: Path, tmp_path: Path) -> None:
+def test_a_replay_with_the_settings_of_the_run_makes_its_weights_bit_for_bit(
+    replay: Callable[..., dict[str, Any]], recorded: Path, tmp_path: Path
+) -> None:
     run_file = load_run_file(recorded)
     before = {p: p.read_bytes() for p in run_file.run.folder.rglob("*") if p.is_file() and "ledger" not in p.name}
     figures = replay(recorded, tmp_path / "out")
@@ -84,7 +114,9 @@ def test_a_replay_with_the_settings_of_the_run_makes_its_weights_bit_for_bit(rec
     assert before == {p: p.read_bytes() for p in before}
 
 
-def test_another_loss_on_the_same_data_is_repeated_bit_for_bit(recorded: Path, tmp_path: Path) -> None:
+def test_another_loss_on_the_same_data_is_repeated_bit_for_bit(
+    replay: Callable[..., dict[str, Any]], recorded: Path, tmp_path: Path
+) -> None:
     found = [replay(recorded, tmp_path / out, "--set", "learner.loss=ppo_clip") for out in ("one", "two")]
     assert found[0]["weights"] == found[1]["weights"]
     assert found[0]["same_as_live"] is False
@@ -92,28 +124,34 @@ def test_another_loss_on_the_same_data_is_repeated_bit_for_bit(recorded: Path, t
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_replay_from_a_checkpoint_goes_on_as_the_run_did(recorded: Path, tmp_path: Path) -> None:
+def test_a_replay_from_a_checkpoint_goes_on_as_the_run_did(
+    replay: Callable[..., dict[str, Any]], recorded: Path, tmp_path: Path
+) -> None:
     figures = replay(recorded, tmp_path / "out", "--start", "c000002")
     assert (figures["first_update"], figures["updates"], figures["same_as_live"]) == (3, 3, True)
 
 
-def test_a_replay_from_a_snapshot_trains_what_came_after_it_with_a_tied_model(recorded: Path, tmp_path: Path) -> None:
+def test_a_replay_from_a_snapshot_trains_what_came_after_it_with_a_tied_model(
+    replay: Callable[..., dict[str, Any]], recorded: Path, tmp_path: Path
+) -> None:
     figures = replay(recorded, tmp_path / "out", "--start", "v2")
     assert (figures["first_update"], figures["updates"]) == (3, 3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.tie_word_embeddings
 
 
-def test_losses_are_compared_in_a_table(recorded: Path, tmp_path: Path) -> None:
+def test_losses_are_compared_in_a_table(matpo: Callable[..., Life], recorded: Path, tmp_path: Path) -> None:
     done = matpo("replay", recorded, "--out", tmp_path / "out", "--compare", "tis,ppo_clip", "--by-index")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1].removeprefix("replay: "))
+    assert done.wait() == 0, done.said()
+    found = figures_of(done)
     assert {name: figures["updates"] for name, figures in found.items()} == {"tis": 5, "ppo_clip": 5}
     assert found["tis"]["weights"] != found["ppo_clip"]["weights"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[-4:-1]] == ["loss", "tis", "ppo_clip"]
+    assert [line.split()[0] for line in done.said().splitlines()[-4:-1]] == ["loss", "tis", "ppo_clip"]
     assert (tmp_path / "out" / "ppo_clip" / "curves.png").exists()
 
 
-def test_a_damaged_record_and_a_cut_file_are_counted_and_the_rest_is_trained(recorded: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_and_a_cut_file_are_counted_and_the_rest_is_trained(
+    replay: Callable[..., dict[str, Any]], recorded: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(load_run_file(recorded).run.folder, copy)
     path = copy / "journal" / "payload-00000000.bin"
@@ -126,35 +164,37 @@ def test_a_damaged_record_and_a_cut_file_are_counted_and_the_rest_is_trained(rec
     assert 0 < figures["groups_trained"] < 10
 
 
-async def test_a_live_run_is_replayed_as_far_as_it_is_and_goes_on(tmp_path: Path) -> None:
+async def test_a_live_run_is_replayed_as_far_as_it_is_and_goes_on(
+    learners: ForkServer, operators: ForkServer, replay: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     path = run_file_of(tmp_path)
     run_file = load_run_file(path)
     endless = ("--set", "learner.num_updates=100000")
     with started("matpo_broker", str(path)):
         async with playing(run_file):
-            with started("matpo_learner", str(path), *endless) as learner:
-                await until(lambda: len(lines(run_file, "learner")) >= 2 or learner.poll() is not None)
-                command = [sys.executable, "-m", "matpo_ops", "replay", str(path), "--out", str(tmp_path / "out")]
-                with started("matpo_ops", *command[3:]) as replaying:
-                    assert await ended(replaying) == 0
+            with forked(learners, path, *endless) as learner:
+                await until(lambda: len(lines(run_file, "learner")) >= 2 or learner.is_over)
+                replaying = operators.start(["replay", str(path), "--out", str(tmp_path / "out")], tmp_path / "said")
+                assert await ended(replaying) == 0
                 seen = len(lines(run_file, "learner"))
-                await until(lambda: len(lines(run_file, "learner")) > seen or learner.poll() is not None)
-                assert learner.poll() is None
-                learner.send_signal(signal.SIGKILL)
-                await ended(learner)
+                await until(lambda: len(lines(run_file, "learner")) > seen or learner.is_over)
+                assert not learner.is_over
+                learner.kill()
     assert json.loads((tmp_path / "out" / "replay.json").read_text())["updates"] >= 2
     replayed = replay(path, tmp_path / "after-its-death")
     assert replayed["updates"] == min(5, len(lines(run_file, "learner")))
 
 
-def test_what_another_model_recorded_is_refused_with_the_reason(recorded: Path, tmp_path: Path) -> None:
+def test_what_another_model_recorded_is_refused_with_the_reason(
+    refused: Callable[..., str], recorded: Path, tmp_path: Path
+) -> None:
     other = tiny_model(tmp_path / "other", hidden_size=32)
     message = refused(recorded, tmp_path / "out", "--set", f"model.path={other}")
     assert "were sampled by model" in message
 
 
 def test_ids_beyond_the_vocabulary_are_counted_and_a_journal_of_nothing_else_is_refused(
-    recorded: Path, tmp_path: Path
+    refused: Callable[..., str], recorded: Path, tmp_path: Path
 ) -> None:
     small = tiny_model(tmp_path / "small", vocab_size=40, pad_token_id=0, eos_token_id=1)
     shutil.copytree(load_run_file(recorded).journal_folder, tmp_path / "bare" / "journal")  # no run.json beside it
@@ -164,7 +204,9 @@ def test_ids_beyond_the_vocabulary_are_counted_and_a_journal_of_nothing_else_is_
     assert "invalid (vocabulary)" in message or "invalid (token" in message
 
 
-def test_a_journal_without_a_group_is_an_error_that_says_what_was_found(tmp_path: Path) -> None:
+def test_a_journal_without_a_group_is_an_error_that_says_what_was_found(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
     path = run_file_of(tmp_path)
     assert "no journal there" in refused(path, tmp_path / "out")
     with journal(load_run_file(path).journal_folder, {0: [b"alone"]}):
@@ -183,14 +225,14 @@ def test_a_journal_without_a_group_is_an_error_that_says_what_was_found(tmp_path
     ],
 )
 def test_what_cannot_be_replayed_ends_with_one_sentence(
-    recorded: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+    refused: Callable[..., str], recorded: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     assert words in refused(recorded, tmp_path / "out", *arguments)
 
 
-def test_a_folder_that_exists_is_left_alone(recorded: Path, tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_left_alone(matpo: Callable[..., Life], recorded: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     done = matpo("replay", recorded, "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "exists already" in done.stderr
+    assert done.wait() == 2
+    assert "exists already" in done.said()
     assert list((tmp_path / "out").iterdir()) == []

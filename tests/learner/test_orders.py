@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +31,28 @@ def test_an_order_is_the_same_whenever_and_in_whatever_order_it_is_asked_for() -
     forwards = [stream().order(i) for i in range(30)]
     one = stream()
     assert [one.order(i) for i in reversed(range(30))] == forwards[::-1]
+
+
+def test_an_order_is_the_same_when_another_thread_asks_for_another_pass_between_any_two_lines() -> None:
+    one, want = stream(), [stream().task(i).id for i in range(10)]
+    interrupted: set[int] = set()
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        if frame.f_code is not OrderStream.task.__code__:
+            return None
+        if event == "line":
+            interrupted.add(frame.f_lineno)
+            assert one.task(9).id == want[9]  # a trace function is not traced itself
+        return interrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        found = [one.task(index).id for index in (0, 1, 2, 6, 3, 4)]
+    finally:
+        sys.settrace(before)
+    assert found == [want[index] for index in (0, 1, 2, 6, 3, 4)]
+    assert len(interrupted) >= 4
 
 
 def test_each_pass_has_every_task_once() -> None:
