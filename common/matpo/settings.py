@@ -433,7 +433,8 @@ class LearnerSettings(Section):
                 f"task_norm with task_norm_min_episodes={self.task_norm_min_episodes} does nothing: an update has "
                 f"groups_per_update * group_size = {episodes} episodes. Set task_norm_min_episodes <= {episodes}."
             )
-        if "abnormal_terminations" in self.model_fields_set and self.abnormal_reward is None:
+        default = type(self).model_fields["abnormal_terminations"].default
+        if self.abnormal_terminations != default and self.abnormal_reward is None:
             problems.append(
                 "abnormal_terminations without abnormal_reward does nothing. Set abnormal_reward to what such an end "
                 "is worth, or leave abnormal_terminations out."
