@@ -65,6 +65,18 @@ def test_quantiles_are_of_the_latencies_that_were_measured() -> None:
     assert found.cpu_s_per_gib == pytest.approx(256.0)
 
 
+def test_cpu_time_is_that_of_both_ends_for_each_episode_and_its_median_over_rounds() -> None:
+    rounds = [
+        Measured(
+            seconds=1.0, episodes=4, payload_bytes=1, consumed_bytes=0, latencies_ms=[], server_cpu_s=of_server,
+            producers_cpu_s=of_producers,
+        )
+        for of_server, of_producers in ((1.0, 9.0), (2.0, 4.0), (3.0, 2.0))
+    ]  # fmt: skip
+    assert rounds[0].cpu_us_per_episode == (250_000, 2_250_000)
+    assert broker.cpu_us(rounds) == [500_000, 1_000_000]
+
+
 def test_resp_sends_all_parts_and_reads_nested_answers() -> None:
     left, right = socket.socketpair()
     parts = [b"head", b"p" * 5_000_000, b"\r\n"]
@@ -90,6 +102,7 @@ def test_our_side_stores_and_a_learner_reads_it(tmp_path: Path, keys: bool) -> N
     assert found.episodes > 0
     assert found.consumed_bytes > 0
     assert len(found.latencies_ms) == found.episodes
+    assert min(found.cpu_us_per_episode) > 0
     assert list(tmp_path.iterdir()) == []
 
 

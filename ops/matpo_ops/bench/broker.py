@@ -198,6 +198,12 @@ def median_ratio(pairs: list[tuple[float, float]]) -> float:
     return round(statistics.median(ours / max(other, 1e-9) for ours, other in pairs), 3)
 
 
+def cpu_us(measured: list[Measured]) -> list[int]:
+    """CPU time for one episode, medians in us: of the server, of all producers."""
+    sides = zip(*(each.cpu_us_per_episode for each in measured), strict=True)
+    return [round(statistics.median(side)) for side in sides]
+
+
 def large_and_medium(bench: Bench) -> dict[str, Any]:
     """The figures of `matpo bench broker`."""
     bench.say(f"on {file_system(bench.folder)}, keys {'on' if bench.keys else 'OFF'}; a warm-up of both sides")
@@ -207,11 +213,12 @@ def large_and_medium(bench: Bench) -> dict[str, Any]:
     disk: list[tuple[float, float]] = []
     for size, name in ((LARGE, "1mib"), (MEDIUM, "64kib")):
         for consume, suffix in ((False, ""), (True, "_read")):
-            pairs, pairs_tls, all_ours = [], [], []
+            pairs, pairs_tls, all_ours, all_redis = [], [], [], []
             for pair in range(bench.num_pairs if not consume else max(1, bench.num_pairs // 2)):
                 ours, redis = bench.ours(size, consume=consume), bench.redis(size, consume=consume)
                 pairs.append((ours.mib_s, redis.mib_s))
                 all_ours.append(ours)
+                all_redis.append(redis)
                 if not consume and pair < NUM_TLS_PAIRS:
                     pairs_tls.append((ours.mib_s, bench.redis(size, tls=True).mib_s))
                 if size == LARGE and not consume:
@@ -229,6 +236,7 @@ def large_and_medium(bench: Bench) -> dict[str, Any]:
                 found[f"p99_ack_ms_{name}"] = statistics.median(each.quantile_ms(0.99) for each in all_ours)
                 cpu = statistics.median(each.cpu_s_per_gib for each in all_ours)
                 found[f"broker_cpu_s_per_gib_{name}"] = round(cpu, 2)
+                found[f"cpu_us_{name}"], found[f"cpu_us_redis_{name}"] = cpu_us(all_ours), cpu_us(all_redis)
     found["p99_ack_ms"] = found["p99_ack_ms_1mib"]
     found["ratio_to_disk"] = median_ratio(disk)
     found["disk_mib_s"] = round(statistics.median(each for _, each in disk))
@@ -281,13 +289,12 @@ def small(bench: Bench) -> dict[str, Any]:
         found.append(bench.ours(SMALL))
         bench.say(f"2 kB, round {number + 1}: {found[-1].episodes / bench.seconds:.0f} episodes/s")
     rates = [each.episodes / bench.seconds for each in found]
-    cpu_us = [each.server_cpu_s / max(each.episodes, 1) * 1e6 for each in found]
     return {
         "leased_and_stored_s": round(statistics.median(rates)),
         "best_s": round(max(rates)),
         "p50_ack_ms": statistics.median(each.quantile_ms(0.5) for each in found),
         "p99_ack_ms": statistics.median(each.quantile_ms(0.99) for each in found),
-        "broker_cpu_us_per_episode": round(statistics.median(cpu_us)),
+        "cpu_us_2kb": cpu_us(found),
     }
 
 

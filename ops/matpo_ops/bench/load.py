@@ -38,6 +38,13 @@ class Measured:
     consumed_bytes: int
     latencies_ms: Sequence[float]
     server_cpu_s: float
+    producers_cpu_s: float = 0.0
+
+    @property
+    def cpu_us_per_episode(self) -> tuple[float, float]:
+        """CPU time for each episode that was acknowledged: of the server, of all producers."""
+        num = max(self.episodes, 1)
+        return self.server_cpu_s / num * 1e6, self.producers_cpu_s / num * 1e6
 
     @property
     def mib_s(self) -> float:
@@ -90,9 +97,9 @@ class Crew:
             process.stdin.write(json.dumps({"begin_s": begin_s, "end_s": end_s}) + "\n")
             process.stdin.flush()
         time.sleep(max(0.0, begin_s - time.monotonic()))
-        before_s = _cpu_s(server)
+        before_s, producers_before_s = _cpu_s(server), self._producers_cpu_s()
         time.sleep(max(0.0, end_s - time.monotonic()))
-        cpu_s = _cpu_s(server) - before_s
+        cpu_s, producers_cpu_s = _cpu_s(server) - before_s, self._producers_cpu_s() - producers_before_s
         found = [json.loads(self._read(process)) for process in self._processes]
         return Measured(
             seconds=seconds,
@@ -101,7 +108,12 @@ class Crew:
             consumed_bytes=sum(each.get("consumed_bytes", 0) for each in found),
             latencies_ms=sorted(ms for each in found for ms in each.get("latencies_ms", ())),
             server_cpu_s=cpu_s,
+            producers_cpu_s=producers_cpu_s,
         )
+
+    def _producers_cpu_s(self) -> float:
+        processes = zip(self._jobs, self._processes, strict=True)
+        return sum(_cpu_s(psutil.Process(process.pid)) for job, process in processes if job.module == "producer")
 
     def _read(self, process: subprocess.Popen[str]) -> str:
         assert process.stdout is not None
