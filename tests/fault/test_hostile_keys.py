@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -52,6 +53,7 @@ class Guest(Peer):
         self.socket.connect(f"tcp://127.0.0.1:{port}")
         self._is_over = lambda: guarded.life.is_over
         self._seq = 0
+        self._arrived = deque()
 
     def hello(self, peer: str, name: str, incarnation: str = "1") -> Any:
         fields = {"peer": peer, "name": name, "incarnation": incarnation, "run": RUN, "schema_version": 1}

@@ -77,9 +77,9 @@ async def test_the_learner_finds_the_log_probs_that_the_actor_recorded_under_eac
     checked: Counter[int] = Counter()
     for version, folder in enumerate(folders):
         learner = LearnerEngine(folder, LearnerSettings(num_threads=1), seed=0)
-        batches = pack_sft(episodes, LearnerSettings())
+        batches = pack_sft(episodes, LearnerSettings(), version=1)
         for batch, found in zip(batches, learner.log_probs(batches), strict=True):
-            ours = -batch.lags == version  # packed for version 0, so lag = -(version of the token)
+            ours = 1 - batch.lags == version  # packed for version 1, so lag = 1 - version of the token
             np.testing.assert_allclose(found[ours], batch.mu[ours], atol=1e-4)
             checked[version] += int(ours.sum())
         learner.close()

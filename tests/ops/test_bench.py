@@ -132,7 +132,9 @@ def test_a_load_process_that_dies_is_an_error_and_its_siblings_end() -> None:
 @pytest.mark.processes
 def test_ctrl_c_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "matpo_ops", "bench", "broker", "--small", "--folder", str(tmp_path / "runs")]
-    bench = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ)
+    # A shell starts what it sends to the background with SIGINT ignored, and that is inherited.
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    bench = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ, **hears)
     process = psutil.Process(bench.pid)
     deadline = time.monotonic() + 60
     while len(children := process.children(recursive=True)) < 6:  # broker, learner, four producers
